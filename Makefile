@@ -1,0 +1,44 @@
+# Each habit is one command; .ci/run and the README call the same ones.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPED := build/typed/camshaft
+
+.PHONY: demo test test-all check format bench clean
+
+demo: $(READY)  ## train the digits recipe and say where its run directory is
+	$(RUN)/python examples/digits.py
+
+test: $(READY)  ## the tests, without those marked slow or gpu
+	$(RUN)/pytest -m "not slow and not gpu"
+
+test-all: $(READY)  ## every test that this machine can run
+	$(RUN)/pytest
+
+check: $(READY) $(TYPED)  ## format, lint, types
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	MYPYPATH=build/typed $(RUN)/mypy -p camshaft.engine -p camshaft.callbacks
+	MYPYPATH=build/typed $(RUN)/mypy tests examples
+
+format: $(READY)  ## put the code in the one format
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+bench: $(READY)  ## measure, and write docs/performance.md
+	$(RUN)/python benchmarks/run.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# The folders are installed under one namespace; this is that namespace as a type checker can follow it.
+$(TYPED):
+	mkdir -p $@
+	ln -sfn ../../../engine $@/engine
+	ln -sfn ../../../callbacks $@/callbacks

@@ -1,0 +1,169 @@
+"""Keep the best weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart
+from camshaft.engine.checkpoint import bare, ensure_writable, load_weights, save
+from camshaft.engine.errors import whole_number
+
+from .monitor import Mode, Monitor
+
+logger = logging.getLogger("camshaft")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One of the best: its value, when it was reached and the file that holds it."""
+
+    value: float
+    epoch: int
+    step: int
+    file: str
+
+
+class BestCheckpoint(Callback):
+    """Writes the model's weights whenever a value is the best so far, and keeps the ``top_k`` best.
+
+    ``best.pt`` always holds the best: a plain ``state_dict`` of the bare model, for
+    ``model.load_state_dict(torch.load("best.pt", weights_only=True))``. ``best.optimizer.pt`` beside it holds
+    the optimizer's state of that moment. With ``top_k > 1`` the runners-up are kept under names that tell
+    value, epoch and step.
+
+    A new file is whole and on the disk before an old one goes; a failed write warns, and training goes on with
+    the old file. Of two equal values the earlier is better. NaN is never best.
+
+    Args:
+        monitor: the value to watch, such as ``"val_acc"``.
+        mode: "max" or "min"; may be left out where the metric says itself which is better.
+        directory: where to write; by default ``checkpoints`` in the run directory. With neither, the best
+            weights are kept in memory only.
+        top_k: how many to keep; at least 1.
+        restore: load the best weights into the model when the run ends.
+
+    Raises:
+        ConfigurationError: for settings that cannot work; before the first step if the value will not exist or
+            the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: Mode | None = None,
+        directory: str | Path | None = None,
+        *,
+        top_k: int = 1,
+        restore: bool = False,
+    ) -> None:
+        self.monitor = Monitor("BestCheckpoint", monitor, mode)
+        self.top_k = whole_number("BestCheckpoint's top_k", top_k, least=1)
+        self.restore = restore
+        self._wanted_directory = None if directory is None else Path(directory)
+        self.directory: Path | None = None
+        self.kept: list[Kept] = []  # best first
+        self._in_memory: dict[str, Any] | None = None
+
+    @property
+    def best(self) -> Kept | None:
+        """The best so far."""
+        return self.kept[0] if self.kept else None
+
+    @property
+    def path(self) -> Path | None:
+        """The file of the best weights, or None where there is none."""
+        return self.directory / "best.pt" if self.directory and self.kept else None
+
+    def attach(self, engine: Engine) -> None:
+        """Watch the value."""
+        if "model" not in engine.modules():
+            raise ConfigurationError(
+                "BestCheckpoint needs the model, but the engine has no part named model. "
+                "Write Engine(step, model=model, ...)."
+            )
+        super().attach(engine)
+        self.monitor.attach(engine, self._check)
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Find out where to write, and whether that works."""
+        run_directory = event.engine.directory
+        self.directory = self._wanted_directory or (run_directory and run_directory / "checkpoints")
+        if self.directory is not None:
+            ensure_writable(self.directory, "BestCheckpoint")
+
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Load the best weights, if asked to."""
+        if self.kept:
+            best = self.kept[0]
+            logger.info("Best %s %.6g at epoch %d, step %d%s.", self.monitor.name, best.value, best.epoch, best.step,
+                        f": {self.path}" if self.path else "")  # fmt: skip
+            if self.restore:
+                load_weights(event.engine.parts["model"], self.weights(), str(self.path or "The best checkpoint"))
+
+    def weights(self) -> dict[str, Any]:
+        """Return the best weights.
+
+        Raises:
+            ConfigurationError: if no value has been best yet.
+        """
+        if self._in_memory is not None:
+            return self._in_memory
+        if self.path is None:
+            raise ConfigurationError(
+                f"No best weights exist: {self.monitor.name} has had no value that is a number. Train first."
+            )
+        weights: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
+        return weights
+
+    def _check(self, engine: Engine, value: float) -> None:
+        worse = [place for place, kept in enumerate(self.kept) if self.monitor.better(value, than=kept.value)]
+        place = worse[0] if worse else len(self.kept)
+        if value != value or place >= self.top_k:
+            return
+        name = f"{self.monitor.name}={value:.6g}-epoch={engine.epoch}-step={engine.step}.pt"
+        kept = Kept(value, engine.epoch, engine.step, name)
+        if self.directory is None:
+            if place == 0:
+                self._in_memory = copy.deepcopy(bare(engine.parts["model"]).state_dict())
+        elif not self._write(engine, self.directory, kept, is_best=place == 0):
+            return
+        self.kept.insert(place, kept)
+        self._prune()
+
+    def _write(self, engine: Engine, directory: Path, kept: Kept, *, is_best: bool) -> bool:
+        weights = bare(engine.parts["model"]).state_dict()
+        try:
+            if self.top_k > 1:
+                save(directory / kept.file, weights)
+            if is_best:
+                if isinstance(optimizer := engine.parts.get("optimizer"), torch.optim.Optimizer):
+                    save(directory / "best.optimizer.pt", optimizer.state_dict())
+                save(directory / "best.pt", weights)
+        except OSError as error:
+            logger.warning("BestCheckpoint could not write in %s: %s. The files before stay, and training goes on.",
+                           directory, error.strerror or error)  # fmt: skip
+            return False
+        return True
+
+    def _prune(self) -> None:
+        for kept in self.kept[self.top_k :]:
+            if self.directory is not None:
+                (self.directory / kept.file).unlink(missing_ok=True)
+        del self.kept[self.top_k :]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept, best first."""
+        return {"kept": [asdict(kept) for kept in self.kept], "in_memory": self._in_memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.kept = [Kept(**kept) for kept in state["kept"]]
+        self._in_memory = state["in_memory"]
+
+    def __repr__(self) -> str:
+        return f"BestCheckpoint({self.monitor.name!r}, mode={self.monitor.mode!r}, top_k={self.top_k})"

@@ -1,0 +1,94 @@
+"""Stop when a value no longer gets better."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from camshaft.engine import Callback, ConfigurationError, Engine
+from camshaft.engine.errors import whole_number
+
+from .monitor import Mode, Monitor
+
+
+class EarlyStopping(Callback):
+    """Stops the run after ``patience`` checks in a row without improvement.
+
+    A check is a validation for ``val_*`` values and an epoch for ``train_*`` values.
+
+    Args:
+        monitor: the value to watch, such as ``"val_acc"``.
+        mode: "max" or "min"; may be left out where the metric says itself which is better.
+        patience: checks without improvement before the run stops; at least 1.
+        min_delta: how much a value must gain to count as an improvement, in the value's own unit.
+        on_nan: "count" takes NaN as no improvement, "stop" ends the run at the first.
+
+    Raises:
+        ConfigurationError: for settings that cannot work; before the first step if the value will not exist.
+
+    On resume the count and the best value are kept, and the settings are those of the new run.
+
+    >>> from camshaft.engine import Engine
+    >>> losses = iter([3.0, 2.0, 2.5, 2.2, 1.0])
+    >>> engine = Engine(lambda engine, batch: {"loss": next(losses)},
+    ...                 callbacks=[EarlyStopping("train_loss", mode="min", patience=2)])
+    >>> engine.fit([[0]], epochs=5).reason
+    'EarlyStopping: train_loss has not improved for 2 checks (best 2 at epoch 2)'
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: Mode | None = None,
+        patience: int = 5,
+        *,
+        min_delta: float = 0.0,
+        on_nan: Literal["count", "stop"] = "count",
+    ) -> None:
+        self.monitor = Monitor("EarlyStopping", monitor, mode)
+        self.patience = whole_number("EarlyStopping's patience", patience, least=1)
+        if not 0 <= min_delta < math.inf:
+            raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
+        if on_nan not in ("count", "stop"):
+            raise ConfigurationError(f'EarlyStopping has on_nan={on_nan!r}. Write "count" or "stop".')
+        self.min_delta = min_delta
+        self.on_nan = on_nan
+        self.best = math.nan
+        self.best_epoch = 0
+        self.num_checks_without_gain = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Watch the value."""
+        super().attach(engine)
+        self.monitor.attach(engine, self._check)
+
+    def _check(self, engine: Engine, value: float) -> None:
+        name = self.monitor.name
+        if math.isnan(value) and self.on_nan == "stop":
+            engine.stop(f"EarlyStopping: {name} is NaN")
+            return
+        bar = self.best - self.min_delta if self.monitor.mode == "min" else self.best + self.min_delta
+        if self.monitor.better(value, than=bar):
+            self.best, self.best_epoch, self.num_checks_without_gain = value, engine.epoch, 0
+            return
+        self.num_checks_without_gain += 1
+        if self.num_checks_without_gain >= self.patience:
+            best = "NaN so far" if math.isnan(self.best) else f"best {self.best:.6g} at epoch {self.best_epoch}"
+            engine.stop(f"EarlyStopping: {name} has not improved for {self.num_checks_without_gain} checks ({best})")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and the count."""
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "num_checks_without_gain": self.num_checks_without_gain,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the best value and the count."""
+        self.best = state["best"]
+        self.best_epoch = state["best_epoch"]
+        self.num_checks_without_gain = state["num_checks_without_gain"]
+
+    def __repr__(self) -> str:
+        return f"EarlyStopping({self.monitor.name!r}, mode={self.monitor.mode!r}, patience={self.patience})"

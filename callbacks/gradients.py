@@ -1,0 +1,76 @@
+"""What happens to gradients between backward and the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady
+from camshaft.engine.errors import whole_number
+
+
+class Accumulate(Callback):
+    """One update for several batches, with the gradients of one batch that holds all their samples.
+
+    Each batch counts by its number of samples. A window ends with the epoch: a short last one is updated, too,
+    and scaled by what it really held. The loss must be a mean over its batch.
+
+    Args:
+        batches: batches per update.
+        samples: or samples per update; the window closes with the batch that reaches them.
+
+    Raises:
+        ConfigurationError: unless exactly one of them is given, and is at least 1.
+    """
+
+    def __init__(self, batches: int | None = None, *, samples: int | None = None) -> None:
+        if (batches is None) == (samples is None):
+            raise ConfigurationError(
+                f"Accumulate got batches={batches} and samples={samples}. Pass one of them: Accumulate(batches=4)."
+            )
+        self.batches = None if batches is None else whole_number("Accumulate's batches", batches, least=1)
+        self.samples = None if samples is None else whole_number("Accumulate's samples", samples, least=1)
+
+    def attach(self, engine: Engine) -> None:
+        """Set the window of ``engine.update``."""
+        super().attach(engine)
+        engine.update.window_batches = self.batches or 1
+        engine.update.window_samples = self.samples
+
+    def __repr__(self) -> str:
+        return f"Accumulate(batches={self.batches}, samples={self.samples})"
+
+
+class ClipGradients(Callback):
+    """Clips the true gradients before each update: after unscaling, over the whole window.
+
+    Args:
+        norm: the largest total norm, by ``torch.nn.utils.clip_grad_norm_``.
+        value: or the largest absolute value of an element, by ``clip_grad_value_``.
+
+    Raises:
+        ConfigurationError: unless exactly one of them is given, positive and finite.
+    """
+
+    def __init__(self, norm: float | None = None, *, value: float | None = None) -> None:
+        if (norm is None) == (value is None):
+            raise ConfigurationError(
+                f"ClipGradients got norm={norm} and value={value}. Pass one of them: ClipGradients(norm=1.0)."
+            )
+        limit = norm if norm is not None else value
+        if not isinstance(limit, int | float) or not 0 < limit < math.inf:
+            raise ConfigurationError(f"ClipGradients got a limit of {limit!r}. Pass a finite number above 0.")
+        self.norm = norm
+        self.value = value
+
+    def on_gradients_ready(self, event: GradientsReady) -> None:
+        """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
+        groups = event.engine.parts["optimizer"].param_groups
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self.norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.norm)
+        elif self.value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, self.value)
+
+    def __repr__(self) -> str:
+        return f"ClipGradients(norm={self.norm}, value={self.value})"

@@ -1,0 +1,45 @@
+"""Metrics for people who run their own step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from camshaft.engine import Callback, Engine
+from camshaft.engine.metric import as_metrics
+
+
+class Metrics(Callback):
+    """Computes metrics over each stage from what the step gives to ``engine.measure(output, target)``.
+
+    `Trainer` calls that itself; there, ``Trainer(metrics=...)`` says the same. Each stage works on its own copy,
+    updated with each batch and computed once at the stage's end.
+
+    Args:
+        metrics: ``{"acc": metric}``; a torchmetrics metric, an ignite metric, or a function
+            ``(output, target) -> mean over the batch``, which is weighted by the number of samples.
+
+    Raises:
+        ConfigurationError: if a value is no metric, or a name is taken.
+
+    >>> import torch
+    >>> def accuracy(output, target):
+    ...     return (output == target).float().mean()
+    >>> def step(engine, batch):
+    ...     engine.measure(*batch)
+    >>> engine = Engine(step, callbacks=[Metrics({"acc": accuracy})])
+    >>> engine.fit([(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 0]))], epochs=1)["train_acc"]
+    [0.75]
+    """
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        self.metrics = metrics
+        as_metrics(metrics)
+
+    def attach(self, engine: Engine) -> None:
+        """Hand the metrics to the engine, which keeps them beside its averages."""
+        super().attach(engine)
+        engine.add_metrics(self.metrics)
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self.metrics)})"

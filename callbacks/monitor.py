@@ -1,0 +1,94 @@
+"""One watched value, and what "better" means for it: shared by early stopping and best checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitStart, ValidationEnd
+from camshaft.engine.errors import did_you_mean
+
+Mode = Literal["min", "max"]
+
+
+class Monitor:
+    """Watches ``monitor`` for ``owner``; reads ``val_*`` when a validation ends and ``train_*`` when an epoch ends.
+
+    The direction is stated, or taken from what the metric says of itself, or known because the value is a
+    trainer's loss. It is never guessed from a name.
+    """
+
+    def __init__(self, owner: str, monitor: str, mode: Mode | None) -> None:
+        if not isinstance(monitor, str) or not monitor.startswith(("train_", "val_")):
+            raise ConfigurationError(
+                f"{owner} watches {monitor!r}, which does not say of which stage. "
+                f'Write "val_{monitor}" or "train_{monitor}".'
+            )
+        if mode not in (None, "min", "max"):
+            raise ConfigurationError(
+                f'{owner} has mode={mode!r}. {did_you_mean(str(mode), ["min", "max"])}Write "min" or "max".'
+            )
+        self.owner = owner
+        self.name = monitor
+        self.mode = mode
+
+    def attach(self, engine: Engine, check: Callable[[Engine, float], None]) -> None:
+        """Call ``check(engine, value)`` at each new value, and look before the run whether there will be any."""
+        engine.subscribe(FitStart, self._before_run)
+        moment = ValidationEnd if self.name.startswith("val_") else EpochEnd
+
+        def read(event: ValidationEnd | EpochEnd) -> None:
+            check(event.engine, self.read(event.metrics))
+
+        read.__qualname__ = f"{self.owner} on {self.name}"
+        engine.subscribe(moment, read)
+
+    def better(self, value: float, than: float) -> bool:
+        """Return whether ``value`` beats ``than``; NaN beats nothing, and anything else beats NaN."""
+        if math.isnan(value):
+            return False
+        if math.isnan(than):
+            return True
+        return value < than if self.mode == "min" else value > than
+
+    def read(self, metrics: Mapping[str, Any]) -> float:
+        """Return the watched value.
+
+        Raises:
+            ConfigurationError: if there is none of that name, or it is not a single number.
+        """
+        if self.name not in metrics:
+            raise self._missing(list(metrics))
+        value = metrics[self.name]
+        if not isinstance(value, float):
+            raise ConfigurationError(
+                f'{self.owner} watches "{self.name}", which has shape {list(value.shape)}. Watch a single number.'
+            )
+        return value
+
+    def _before_run(self, event: FitStart) -> None:
+        engine = event.engine
+        if self.name.startswith("val_") and engine.validates is False:
+            raise ConfigurationError(
+                f'{self.owner} watches "{self.name}", but fit was given no validation data. '
+                f'Pass fit(train, val, ...), or watch "train_{self.name[4:]}".'
+            )
+        expected = engine.expected()
+        if expected and self.name not in expected:
+            raise self._missing(expected)
+        if self.mode is None:
+            higher = engine.higher_is_better(self.name)
+            if higher is None:
+                raise ConfigurationError(
+                    f'{self.owner} cannot know whether more or less of "{self.name}" is better. '
+                    'Write mode="max" or mode="min".'
+                )
+            self.mode = "max" if higher else "min"
+
+    def _missing(self, known: list[str]) -> ConfigurationError:
+        names = [name for name in known if name.split("_")[0] == self.name.split("_")[0]] or known
+        return ConfigurationError(
+            f'{self.owner} watches "{self.name}", but the values are: {", ".join(names) or "none"}. '
+            f"{did_you_mean(self.name, names) or 'Watch one of those.'}".rstrip()
+        )

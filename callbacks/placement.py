@@ -1,0 +1,78 @@
+"""Model and batches on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine
+from camshaft.engine.batch import tree_map
+from camshaft.engine.errors import did_you_mean
+from torch import Tensor
+
+
+class Placement(Callback):
+    """Moves every part that is a module to ``device`` when attached, and each batch when it was read.
+
+    Copies to an accelerator are non-blocking: with ``DataLoader(pin_memory=True)`` they overlap the computing.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else the CPU), or a device such as "cuda:1".
+        channels_last: keep images [N, C, H, W] and convolutions in channels-last memory format.
+
+    Raises:
+        ConfigurationError: if the device is not there; the message lists those that are.
+    """
+
+    def __init__(self, device: str | torch.device = "auto", *, channels_last: bool = False) -> None:
+        self.device = _find(device)
+        self.channels_last = channels_last
+
+    def attach(self, engine: Engine) -> None:
+        """Move the modules; parameters stay the same objects, so an optimizer keeps hold of them."""
+        super().attach(engine)
+        for module in engine.modules().values():
+            if self.channels_last:
+                module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # in torch's docs, not its stubs
+            else:
+                module.to(self.device)
+
+    def on_batch_ready(self, event: BatchReady) -> Any:
+        """Return the batch on the device."""
+        return tree_map(self._move, event.batch)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if self.channels_last and tensor.ndim == 4:
+            return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(self.device, non_blocking=True)
+
+    def __repr__(self) -> str:
+        return f"Placement({str(self.device)!r}, channels_last={self.channels_last})"
+
+
+def _find(device: str | torch.device) -> torch.device:
+    available = devices()
+    if device == "auto":
+        return torch.device(available[0])
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or not _exists(wanted):
+        raise ConfigurationError(
+            f"Device {str(device)!r} is not here. {did_you_mean(str(device), available)}"
+            f'Devices: {", ".join(available)}; "auto" takes the first.'
+        )
+    return wanted
+
+
+def devices() -> list[str]:
+    """Return the devices of this machine, the fastest first."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def _exists(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    return device.type in ("cpu", "meta") or (device.type == "mps" and torch.backends.mps.is_available())

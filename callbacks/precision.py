@@ -1,0 +1,58 @@
+"""Mixed precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
+
+Precision = Literal["fp16", "bf16"]
+
+
+class MixedPrecision(Callback):
+    """Runs model and loss under autocast; fp16 with a gradient scaler.
+
+    Weights and optimizer stay in float32. bf16 needs no scaler and works on the CPU, too. The scaler's check for
+    overflow waits for the device once per update, unless the optimizer is ``fused=True``.
+
+    Args:
+        precision: "fp16" (CUDA only) or "bf16".
+
+    Raises:
+        ConfigurationError: before the first step, where the model's device cannot do it; numerics are never
+            changed silently.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        if precision not in ("fp16", "bf16"):
+            raise ConfigurationError(f'MixedPrecision does not know {precision!r}. Write "fp16" or "bf16".')
+        self.precision = precision
+
+    def attach(self, engine: Engine) -> None:
+        """Put autocast around every forward pass, in training and evaluation."""
+        super().attach(engine)
+        self.engine = engine
+        engine.around("forward", self._autocast)
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Refuse what the device cannot do; give fp16 its scaler."""
+        device = event.engine.device
+        if self.precision == "fp16":
+            if device.type == "cpu":
+                raise ConfigurationError(
+                    'The model is on the CPU, which has no fp16 training. Write MixedPrecision("bf16"), or leave it out.'
+                )
+            if event.engine.update.scaler is None:
+                event.engine.update.scaler = torch.amp.GradScaler(device.type)  # type: ignore[attr-defined]  # not in its __all__
+        elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigurationError(
+                f'{torch.cuda.get_device_name(device)} has no bf16. Write MixedPrecision("fp16"), or leave it out.'
+            )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.engine.device.type, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"MixedPrecision({self.precision!r})"

@@ -1,0 +1,137 @@
+"""Progress, for a terminal, a notebook or a log file."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any, TextIO
+
+from camshaft.engine import (
+    Callback,
+    Engine,
+    EpochEnd,
+    EpochStart,
+    FitEnd,
+    StepEnd,
+    ValidationEnd,
+    ValidationStart,
+    ValidationStepEnd,
+    every_seconds,
+)
+from camshaft.engine.record import format_values
+
+
+class ProgressBar(Callback):
+    """Shows a bar for the epoch, one below it while a validation runs, and one line for each finished epoch.
+
+    On a terminal and in a notebook the bars are tqdm's and repaint by the clock. Anywhere else (a pipe, a log
+    file) there are only plain lines: one per epoch, and one every ``line_seconds`` within a long epoch. Values
+    are the running averages that have reached the host; nothing waits for the device.
+
+    Args:
+        repaint_seconds: time between two repaints.
+        line_seconds: time between two plain lines within an epoch.
+        file: where to write; standard error by default.
+    """
+
+    def __init__(
+        self, *, repaint_seconds: float = 0.1, line_seconds: float = 60.0, file: TextIO | None = None
+    ) -> None:
+        self._repaint = every_seconds(repaint_seconds)
+        self._line = every_seconds(line_seconds)
+        self._file = file
+        self._bars: list[Any] = []  # the epoch's, and below it the validation's
+        self._began = 0.0
+
+    @property
+    def file(self) -> TextIO:
+        """Where to write."""
+        return self._file or sys.stderr
+
+    def attach(self, engine: Engine) -> None:
+        """Subscribe; steps are looked at by the clock."""
+        super().attach(engine)
+        draws = in_notebook() or self.file.isatty()
+        if draws:
+            engine.subscribe(EpochStart, self._open_epoch)
+            engine.subscribe(StepEnd, self._paint, when=self._repaint)
+            engine.subscribe(ValidationStart, self._open_validation)
+            engine.subscribe(ValidationStepEnd, self._paint, when=self._repaint)
+            engine.subscribe(ValidationEnd, self._close_validation)
+        else:
+            engine.subscribe(StepEnd, self._write_step, when=self._line)
+
+    def on_epoch_start(self, event: EpochStart) -> None:
+        """Start the epoch's clock."""
+        self._began = time.monotonic()
+
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Replace the bar by the epoch's line."""
+        self._close_all()
+        self._write(f"{epoch_line(event)}  {time.monotonic() - self._began:.1f}s")
+
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Leave no bar behind, however the run ended, and say why it did."""
+        self._close_all()
+        self._write(event.reason)
+
+    def _open_epoch(self, event: EpochStart) -> None:
+        self._bars.append(self._new_bar(epoch_title(event.engine)))
+
+    def _open_validation(self, event: ValidationStart) -> None:
+        self._paint(event)
+        self._bars.append(self._new_bar("  validation"))
+
+    def _close_validation(self, event: ValidationEnd) -> None:
+        self._bars.pop().close()
+
+    def _paint(self, event: StepEnd | ValidationStepEnd | ValidationStart) -> None:
+        engine = event.engine
+        validating = isinstance(event, ValidationStepEnd)
+        bar = self._bars[-1]
+        bar.total = engine.validation_length if validating else engine.epoch_length
+        bar.n = engine.validation_step if validating else engine.epoch_step
+        if values := format_values(engine.peek()):
+            bar.set_postfix_str(values, refresh=False)
+        bar.refresh()
+
+    def _write_step(self, event: StepEnd) -> None:
+        engine = event.engine
+        length = f"/{engine.epoch_length}" if engine.epoch_length else ""
+        values = format_values(engine.peek())
+        self._write(f"{epoch_title(engine)}  step {engine.epoch_step}{length}  {values}")
+
+    def _new_bar(self, title: str) -> Any:
+        if in_notebook():
+            from tqdm.notebook import tqdm
+        else:
+            from tqdm import tqdm
+        return tqdm(desc=title, leave=False, position=len(self._bars), dynamic_ncols=True, file=self.file)
+
+    def _close_all(self) -> None:
+        while self._bars:
+            self._bars.pop().close()
+
+    def _write(self, line: str) -> None:
+        print(line, file=self.file, flush=True)
+
+
+def in_notebook() -> bool:
+    """Return whether this is a Jupyter kernel, where bars are widgets."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def epoch_title(engine: Engine) -> str:
+    """Return ``epoch  3/20``, or ``epoch 3`` in a run without a last epoch."""
+    if engine.last_epoch == math.inf:
+        return f"epoch {engine.epoch}"
+    last = str(int(engine.last_epoch))
+    return f"epoch {engine.epoch:{len(last)}}/{last}"
+
+
+def epoch_line(event: EpochEnd) -> str:
+    """Return an epoch's values as one line."""
+    return f"{epoch_title(event.engine)}  {format_values(event.metrics)}"

@@ -1,0 +1,104 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from camshaft.engine import Callback, ConfigurationError, EpochEnd, FitEnd, FitStart
+from camshaft.engine.checkpoint import ensure_writable
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("camshaft")
+
+
+class Report(Callback):
+    """Draws a curve for each value (``loss.png``, ``acc.png`` ...) and each confusion matrix, when a run ends.
+
+    A metric whose value is a square matrix, such as torchmetrics' ``MulticlassConfusionMatrix``, is drawn with
+    the true class down and the predicted class across, as of the last epoch. Pictures are drawn also for a run
+    that failed after its first epoch.
+
+    Args:
+        directory: where to write; by default the run directory.
+        class_names: what to write at the confusion matrix; the class numbers by default.
+
+    Raises:
+        ConfigurationError: before the first step, if there is nowhere to write.
+    """
+
+    def __init__(self, directory: str | Path | None = None, *, class_names: Sequence[str] | None = None) -> None:
+        self._wanted_directory = None if directory is None else Path(directory)
+        self.class_names = class_names
+        self._directory = Path()
+        self._matrices: dict[str, tuple[int, Tensor]] = {}
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Find out where to write."""
+        directory = self._wanted_directory or event.engine.directory
+        if directory is None:
+            raise ConfigurationError("Report has nowhere to write. Pass Report(directory), or add RunDirectory().")
+        ensure_writable(directory, "Report")
+        self._directory = directory
+
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Keep the newest matrices; a validation's take the place of the training's."""
+        for name, value in event.metrics.items():  # training values come first
+            if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == value.shape[1]:
+                self._matrices[name.partition("_")[2]] = (event.engine.epoch, value)
+
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Draw everything."""
+        history = event.engine.history
+        figures = {name: history.plot(name) for name in history.curves()}
+        for name, (epoch, matrix) in self._matrices.items():
+            figures[name] = draw_confusion(matrix, title=f"{name}, epoch {epoch}", class_names=self.class_names)
+        try:
+            for name, figure in figures.items():
+                figure.savefig(self._directory / f"{name}.png", dpi=120)
+        except OSError as error:
+            logger.warning("Report could not draw in %s: %s.", self._directory, error)
+
+    def __repr__(self) -> str:
+        return f"Report({str(self._wanted_directory) if self._wanted_directory else ''})"
+
+
+def draw_confusion(matrix: Tensor, *, title: str = "", class_names: Sequence[str] | None = None) -> Figure:
+    """Draw a confusion matrix.
+
+    Args:
+        matrix: [C, C] counts or shares, the true class down and the predicted class across.
+        title: written above.
+        class_names: C names; the class numbers by default.
+
+    Returns:
+        A matplotlib figure; colours are shares of the true class, so that rare classes show.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_classes = len(matrix)
+    names = list(class_names) if class_names is not None else [str(number) for number in range(num_classes)]
+    shares = (matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1e-12)).tolist()
+    side = max(4.0, 0.5 * num_classes + 1.5)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    if num_classes <= 20:
+        for row, counts in enumerate(matrix.tolist()):
+            for column, count in enumerate(counts):
+                if count:
+                    colour = "white" if shares[row][column] > 0.5 else "black"
+                    axes.text(column, row, f"{count:g}", ha="center", va="center", color=colour, fontsize=8)
+    rotation = 90 if max(map(len, names)) > 3 else 0
+    axes.set_xticks(range(num_classes), names, rotation=rotation)
+    axes.set_yticks(range(num_classes), names)
+    axes.set(title=title, xlabel="predicted", ylabel="true")
+    return figure

@@ -1,0 +1,188 @@
+"""One directory per run, with what is needed to understand and repeat it."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitEnd, FitStart, ValidationEnd
+from camshaft.engine.checkpoint import ensure_writable, write_durably
+from camshaft.engine.record import format_values
+
+from .progress import ProgressBar, epoch_line
+
+logger = logging.getLogger("camshaft")
+epoch_logger = logging.getLogger("camshaft.epochs")
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class RunDirectory(Callback):
+    """Makes ``<root>/<time the run started>`` and gives it to every handler that writes files.
+
+    It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers),
+    ``settings.json``, ``environment.json`` (versions, machine, command) and ``history.csv``, rewritten after
+    each epoch. During a fit the log goes to the terminal as well, unless logging is set up already; the epochs'
+    lines are left to a `ProgressBar` where there is one.
+
+    Args:
+        root: where the run directories lie; made if need be.
+        settings: what the run was started with: a dict, an ``argparse.Namespace`` or a dataclass.
+        terminal: show the log on the terminal.
+
+    Raises:
+        ConfigurationError: at construction, if the directory cannot be written.
+    """
+
+    def __init__(self, root: str | Path = "runs", *, settings: object = None, terminal: bool = True) -> None:
+        self.settings = _as_dict(settings)
+        self.terminal = terminal
+        self.path = _make_directory(Path(root))
+
+    def attach(self, engine: Engine) -> None:
+        """Tell the engine where to write."""
+        if engine.directory is not None:
+            raise ConfigurationError(f"The engine writes in {engine.directory} already. Attach one RunDirectory.")
+        super().attach(engine)
+        engine.directory = self.path
+        self._write("settings.json", json.dumps(self.settings, indent=2, default=str))
+        self._write("environment.json", json.dumps(environment(), indent=2))
+        engine.around("fit", lambda: self._logging(engine))
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Log the settings and what will run in which order."""
+        logger.info("Run directory: %s", self.path)
+        logger.info("Settings: %s", json.dumps(self.settings, default=str))
+        logger.debug("Handlers:\n%s", event.engine.explain())
+
+    def on_validation_end(self, event: ValidationEnd) -> None:
+        """Log the validation."""
+        epoch_logger.debug("step %d  %s", event.engine.step, format_values(event.metrics))
+
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Log the epoch and write the history."""
+        epoch_logger.info("%s", epoch_line(event))
+        history = event.engine.history
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(history), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history.rows)
+        self._write("history.csv", text.getvalue())
+
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Log why the run ended."""
+        epoch_logger.info("End of the run: %s", event.reason)
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_durably(self.path / name, lambda file: file.write(text.encode()))
+        except OSError as error:
+            logger.warning("%s could not be written in %s: %s. Training goes on.", name, self.path, error.strerror)
+
+    @contextmanager
+    def _logging(self, engine: Engine) -> Iterator[None]:
+        root = logging.getLogger()
+        level = root.level
+        handlers: list[logging.Handler] = [logging.FileHandler(self.path / "log.log", encoding="utf-8")]
+        handlers[0].setFormatter(logging.Formatter(FORMAT))
+        if self.terminal and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers):
+            has_bar = any(isinstance(callback, ProgressBar) for callback in engine.callbacks)
+            handlers.append(_TerminalHandler(skip_epochs=has_bar))
+        for handler in handlers:
+            root.addHandler(handler)
+        if root.getEffectiveLevel() > logging.INFO:
+            root.setLevel(logging.INFO)
+        try:
+            yield
+        except BaseException as error:
+            logger.error("The run failed.", exc_info=error)
+            raise
+        finally:
+            root.setLevel(level)
+            for handler in handlers:
+                root.removeHandler(handler)
+                handler.close()
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+
+class _TerminalHandler(logging.Handler):
+    """Prints records on standard error, above any progress bar."""
+
+    def __init__(self, *, skip_epochs: bool) -> None:
+        super().__init__()
+        self.skip_epochs = skip_epochs
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.skip_epochs and record.name == epoch_logger.name:
+            return
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run ran on: command, versions, machine, devices."""
+    packages = ("camshaft", "torch", "torchvision", "numpy", "pytorch-ignite", "torchmetrics", "tensorboardX")
+    return {
+        "command": sys.argv,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _make_directory(root: Path) -> Path:
+    ensure_writable(root, "RunDirectory")
+    started = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while True:
+        path = root / (started if number == 1 else f"{started}-{number}")
+        try:
+            path.mkdir()  # fails if another run of this second has taken the name
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _as_dict(settings: object) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    if isinstance(settings, argparse.Namespace):
+        return dict(vars(settings))
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        return dataclasses.asdict(settings)
+    raise ConfigurationError(
+        f"settings is {settings!r}, which has no names. Pass a dict, an argparse.Namespace or a dataclass."
+    )

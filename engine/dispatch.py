@@ -1,0 +1,241 @@
+"""Who hears what, and in which order.
+
+Handlers run in the order in which they were attached. Nothing joins a dispatch that is under way, and a
+cancelled handler never runs again. A handler's exception goes on to the caller with a note that names it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from .errors import HandlerError
+from .events import Event, known_events
+from .when import NEVER, Always, When, as_when
+
+E = TypeVar("E", bound=Event)
+Handler = Callable[[E], object]
+
+
+class Subscription(Generic[E]):
+    """One handler of one event; ``cancel()`` ends it.
+
+    ``due`` is a lower bound: the filter need not be asked before the counter reaches it.
+    """
+
+    __slots__ = ("_channel", "active", "due", "handler", "when")
+
+    def __init__(self, channel: Channel[E], handler: Handler[E], when: When) -> None:
+        self._channel = channel
+        self.handler = handler
+        self.when = when
+        self.due: float = 0
+        self.active = True
+
+    def cancel(self) -> None:
+        """Stop hearing, from this moment on; a second call does nothing."""
+        self.active = False
+        self._channel.remove(self)
+
+    def __repr__(self) -> str:
+        return f"{self._channel.event.__name__} -> {describe(self.handler)}{_when_text(self.when)}"
+
+
+class Channel(Generic[E]):
+    """The subscriptions of one event.
+
+    The loop's whole cost for an event that nobody is due to hear is ``if count >= channel.due``.
+    """
+
+    __slots__ = ("due", "event", "subscriptions")
+
+    def __init__(self, event: type[E]) -> None:
+        self.event = event
+        self.subscriptions: tuple[Subscription[E], ...] = ()
+        self.due: float = NEVER
+
+    def add(self, handler: Handler[E], when: When) -> Subscription[E]:
+        """Append a handler; it takes part from the next dispatch on."""
+        subscription = Subscription(self, handler, when)
+        self.subscriptions = (*self.subscriptions, subscription)
+        self.due = 0
+        return subscription
+
+    def remove(self, subscription: Subscription[E]) -> None:
+        """Take a handler out."""
+        self.subscriptions = tuple(s for s in self.subscriptions if s is not subscription)
+        self._settle_due()
+
+    def rewind(self) -> None:
+        """Ask every filter afresh: the counter was set to another value."""
+        for subscription in self.subscriptions:
+            subscription.due = 0
+        self._settle_due()
+
+    def emit(self, event: E, count: int) -> None:
+        """Call each handler that is due with ``event``."""
+        for subscription in self._due(count):
+            try:
+                subscription.handler(event)
+            except Exception as error:
+                self._add_note(error, subscription, count)
+                raise
+
+    def emit_to_all(self, event: E, count: int) -> None:
+        """Call each handler that is due, also after one has raised; then raise the first error."""
+        errors: list[Exception] = []
+        for subscription in self._due(count):
+            try:
+                subscription.handler(event)
+            except Exception as error:
+                self._add_note(error, subscription, count)
+                errors.append(error)
+        if errors:
+            for other in errors[1:]:
+                errors[0].add_note(f"Another handler of {self.event.__name__} failed, too: {other!r}")
+            raise errors[0]
+
+    def transform(self, build: Callable[[Any], E], value: Any, count: int) -> Any:
+        """Offer ``value`` to each handler that is due and return what they made of it."""
+        for subscription in self._due(count):
+            try:
+                replacement = subscription.handler(build(value))
+            except Exception as error:
+                self._add_note(error, subscription, count)
+                raise
+            if replacement is not None:
+                value = replacement
+        return value
+
+    def _due(self, count: int) -> Iterator[Subscription[E]]:
+        filtered = False
+        for subscription in self.subscriptions:
+            when = subscription.when
+            if type(when) is Always:
+                if subscription.active:
+                    yield subscription
+                continue
+            filtered = True
+            if subscription.active and count >= subscription.due:
+                subscription.due = when.next_due(count)
+                if when(count):
+                    yield subscription
+        if filtered:
+            self._settle_due()
+
+    def _settle_due(self) -> None:
+        self.due = min((subscription.due for subscription in self.subscriptions), default=NEVER)
+
+    def _add_note(self, error: Exception, subscription: Subscription[E], count: int) -> None:
+        error.add_note(
+            f"Raised by {describe(subscription.handler)}, a handler of {self.event.__name__}, "
+            f"at {self.event.counter} {count}."
+        )
+
+
+class Dispatch:
+    """One channel for each event that anyone asked about."""
+
+    def __init__(self) -> None:
+        self._channels: dict[type[Event], Channel[Any]] = {}
+
+    def channel(self, event: type[E]) -> Channel[E]:
+        """Return the event's channel, made on first request.
+
+        Raises:
+            HandlerError: if ``event`` is not an event class.
+        """
+        channel = self._channels.get(event)
+        if channel is None:
+            _check_event(event)
+            channel = self._channels[event] = Channel(event)
+        return channel
+
+    def subscribe(self, event: type[E], handler: Handler[E], when: object = None) -> Subscription[E]:
+        """Check the handler, then attach it.
+
+        Raises:
+            HandlerError: if ``event`` is no event class or the handler cannot be called with one event.
+            ConfigurationError: if ``when`` is no filter.
+        """
+        channel = self.channel(event)
+        _check_handler(event, handler)
+        return channel.add(handler, as_when(when))
+
+    def rewind(self) -> None:
+        """Ask every filter afresh."""
+        for channel in self._channels.values():
+            channel.rewind()
+
+    def explain(self) -> str:
+        """Return what runs, when and in what order, an event a paragraph, in firing order."""
+        order = list(known_events().values())
+        heard = [channel for channel in self._channels.values() if channel.subscriptions]
+        heard.sort(key=lambda channel: order.index(channel.event) if channel.event in order else len(order))
+        lines: list[str] = []
+        for channel in heard:
+            lines.append(channel.event.__name__)
+            lines += [
+                f"  {position}. {describe(s.handler)}{_when_text(s.when)}  {location(s.handler)}".rstrip()
+                for position, s in enumerate(channel.subscriptions, start=1)
+            ]
+        return "\n".join(lines) or "No event has a handler."
+
+
+def describe(handler: object) -> str:
+    """Return a handler's name as a person would say it.
+
+    >>> describe(print)
+    'print'
+    """
+    name = getattr(handler, "__qualname__", None)
+    if name is None:
+        return repr(handler)
+    owner = getattr(handler, "__self__", None)
+    if owner is not None and not inspect.ismodule(owner) and not isinstance(owner, type):
+        return f"{type(owner).__name__}.{handler.__name__}"  # type: ignore[attr-defined]  # a bound method
+    return str(name).replace("<locals>.", "")
+
+
+def location(handler: object) -> str:
+    """Return ``file:line`` of a handler, relative to the working directory where it lies below it."""
+    code = getattr(inspect.unwrap(getattr(handler, "__func__", handler)), "__code__", None)  # type: ignore[arg-type]
+    if code is None:
+        return ""
+    path = os.path.relpath(code.co_filename)
+    return f"{code.co_filename if path.startswith('..') else path}:{code.co_firstlineno}"
+
+
+def _when_text(when: When) -> str:
+    return "" if isinstance(when, Always) else f"  {when!r}"
+
+
+def _check_event(event: object) -> None:
+    if isinstance(event, type) and issubclass(event, Event) and event is not Event:
+        return
+    names = ", ".join(known.__name__ for known in known_events().values())
+    if isinstance(event, Event):
+        raise HandlerError(f"{event!r} is one event, not a class of them. Write {type(event).__name__}.")
+    raise HandlerError(f"{event!r} is not an event class. Subscribe to one of: {names}.")
+
+
+def _check_handler(event: type[Event], handler: object) -> None:
+    name = describe(handler)
+    should = f'Write "def {getattr(handler, "__name__", "handler")}(event: {event.__name__})".'
+    if isinstance(handler, type) or not callable(handler):
+        raise HandlerError(f"{name} is not a function, but it is to handle {event.__name__}. {should}")
+    if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler):
+        raise HandlerError(f"{name}() is async or a generator, so a call would not run it. {should}")
+    try:
+        signature = inspect.signature(handler)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind(event)
+    except TypeError:
+        takes = ", ".join(signature.parameters) or "no arguments"
+        raise HandlerError(
+            f"{name}() takes {takes}, but a {event.__name__} handler receives the event. {should}"
+        ) from None

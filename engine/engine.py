@@ -1,0 +1,589 @@
+"""The loop. `Engine.fit` is all of it; `Engine.epochs`, `Engine.train` and `Engine.validate` are its parts,
+and the script style: your own two loops over the same events.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .batch import num_samples
+from .callback import Callback, check_callback
+from .dispatch import Dispatch, Subscription
+from .errors import ConfigurationError, DataError, EngineStateError, did_you_mean, whole_number
+from .events import (
+    BatchReady,
+    EpochEnd,
+    EpochStart,
+    Event,
+    FitEnd,
+    FitStart,
+    RunFailed,
+    Settled,
+    StepEnd,
+    ValidationEnd,
+    ValidationStart,
+    ValidationStepEnd,
+)
+from .history import History
+from .metric import Metric, as_metrics, higher_is_better
+from .order import Data, check_data, empty_message, num_batches, one_pass
+from .plan import Plan
+from .record import Record, prefixed, scalars
+from .rng import own_rng, seed_everything
+from .update import Update
+
+E = TypeVar("E", bound=Event)
+Scope = Literal["fit", "forward", "evaluation"]
+StepFunction = Callable[["Engine", Any], Tensor | Mapping[str, Any] | None]
+
+logger = logging.getLogger("camshaft")
+
+
+class Engine:
+    """Runs training and validation, and announces each moment as an event.
+
+    Args:
+        step: ``step(engine, batch)``, called with each batch; ``engine.training`` tells training from
+            validation. It returns what to record: None, a tensor (recorded as ``loss``) or ``{name: tensor}``.
+            None as step is for the script style, where your own loop does the work.
+        callbacks: handlers, attached in this order.
+        seed: seeds python, numpy and torch when the first run begins; None leaves them alone.
+        parts: the named objects of the run, such as ``model=`` and ``optimizer=``.
+
+    Attributes:
+        epoch, step, num_validations, num_updates: counters, 1-based. During the first step ``step`` is 1.
+        epoch_step, validation_step: the step's number within its epoch or its validation.
+        stage: "train", "val", "test", "predict", or "" between them.
+        history: the `History` of all runs of this engine.
+        parts: the named objects of the run.
+        directory: where handlers write what a run leaves behind; None writes nothing.
+
+    >>> engine = Engine(lambda engine, batch: {"loss": batch.mean()})
+    >>> engine.fit([torch.ones(4, 1), torch.zeros(2, 1)], epochs=1)["train_loss"]
+    [0.6666666666666666]
+    """
+
+    def __init__(
+        self,
+        step: StepFunction | None = None,
+        *,
+        callbacks: Iterable[Callback] = (),
+        seed: int | None = None,
+        **parts: Any,
+    ) -> None:
+        if step is not None and not callable(step):
+            raise ConfigurationError(f"step is {step!r}, not a function. Write def step(engine, batch): ...")
+        if seed is not None:
+            whole_number("seed", seed, least=0)
+        self._step_function = step
+        self.seed = seed
+        self.parts: dict[str, Any] = parts
+        self.history = History()
+        self.directory: Path | None = None
+        self.epoch = self.step = self.validation_step = 0
+        self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
+        self.stage = ""
+        self.batch: Any = None
+        self.output: Any = None
+        self.plan: Plan | None = None
+        self.last_epoch: float = math.inf
+        self.last_step: float = math.inf
+        self.end_of_epoch: float = math.inf
+        self.epoch_length: int | None = None
+        self.validation_length: int | None = None
+        self.validates: bool | None = None  # None: unknown, the script style decides as it goes
+        self._stop_reason: str | None = None
+        self._ended_step = self._step_before_epoch = 0
+        self._first_epoch = 0
+        self._passed = False  # whether this epoch's training data are through
+        self._modes: dict[nn.Module, bool] = {}
+        self._stream: Data = ()
+        self._batches: Iterator[Any] = iter(())
+        self._record: Record | None = None
+        self._records: dict[str, Record] = {}
+        self._metrics: dict[str, Metric] = {}
+        self._newest: dict[str, Any] = {}
+        self._managers: dict[Scope, list[Callable[[], AbstractContextManager[Any]]]] = {}
+        self.dispatch = Dispatch()
+        self._batch_ready = self.dispatch.channel(BatchReady)
+        self._step_end = self.dispatch.channel(StepEnd)
+        self._settled = self.dispatch.channel(Settled)
+        self._validation_step_end = self.dispatch.channel(ValidationStepEnd)
+        self.update = Update(self)
+        self.callbacks: list[Callback] = []
+        for callback in callbacks:
+            self.attach(callback)
+
+    # The loop ------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train: Data,
+        val: Data | None = None,
+        *,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        min_epochs: int = 0,
+        epoch_length: int | None = None,
+        validate_every: int | str | None = None,
+    ) -> History:
+        """Train on ``train``, validate on ``val``, and return the history. Arguments are those of `Plan`.
+
+        A second call goes on from where the first stopped, with the counters running on.
+
+        Raises:
+            ConfigurationError, DataError: for what cannot work, before the first step where it can be known.
+        """
+        plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every)
+        self._expect(train, val)
+        loop, step = self._run(plan), self.training_step
+        try:
+            for _ in loop:
+                next_validation = plan.next_validation(self.step)
+                for batch in self.train(train):
+                    step(batch)
+                    if self.step >= next_validation:
+                        self._validate(val)
+                        next_validation = plan.next_validation(self.step)
+                if plan.validates_after_epoch(self.epoch):
+                    self._validate(val)
+        except BaseException as error:
+            loop.throw(error)  # the run ends inside, where RunFailed and FitEnd are fired; it raises the same
+        return self.history
+
+    def epochs(self, epochs: int | None = None, *, max_steps: int | None = None, min_epochs: int = 0) -> Iterator[int]:
+        """Run epochs in your own loop: ``for epoch in engine.epochs(20): ...``; yields the epoch's number."""
+        return self._run(Plan(epochs, max_steps, min_epochs))
+
+    def train(self, data: Data) -> Iterator[Any]:
+        """Yield each training batch; what stands in the loop's body is the step."""
+        self._begin_training(data)
+        batch_ready, step_end, settled = self._batch_ready, self._step_end, self._settled
+        step, reading = self.step, True
+        try:
+            for batch in self._batches:
+                reading = False
+                self.step = step = step + 1
+                if step >= batch_ready.due:
+                    batch = batch_ready.transform(lambda batch: BatchReady(self, batch), batch, step)
+                self.batch = batch
+                yield batch
+                if step >= step_end.due:
+                    self._end_step()
+                if step >= settled.due:
+                    settled.emit(Settled(self), step)
+                if step >= self.end_of_epoch:
+                    break
+                reading = True
+        except Exception as error:
+            if reading:
+                self._add_reading_note(error, self.epoch_step + 1)
+            raise
+        finally:
+            self.stage, self._record = "", None
+        self._end_training(data)
+
+    def validate(self, data: Data) -> Iterator[Any]:
+        """Yield each validation batch, in eval mode and without gradients; training resumes unchanged."""
+        self._require_run("validate")
+        self._end_step()
+        self.num_validations += 1
+        step_end = self._validation_step_end
+        with self._evaluating("val") as record:
+            self.emit(ValidationStart(self))
+            for batch in self._evaluation_batches("val", data):
+                yield batch
+                if self.validation_step >= step_end.due:
+                    step_end.emit(ValidationStepEnd(self, batch, self.output), self.validation_step)
+            metrics = prefixed("val", record.compute())
+            self._newest.update(metrics)
+            self.history.add_validation(self.epoch, self.step, scalars(metrics))
+            self.emit(ValidationEnd(self, metrics))
+
+    # What a step does ----------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any) -> None:
+        """Train on one batch: calls the step function and records what it returns."""
+        if (output := self._step_function(self, batch)) is not None:  # type: ignore[misc]  # fit has checked it
+            self._take(output)
+
+    def evaluation_step(self, batch: Any) -> None:
+        """Evaluate one batch: the same step function, which can look at ``engine.training``."""
+        self.training_step(batch)
+
+    def record(self, *, weight: float | None = None, **values: float | Tensor) -> None:
+        """Add values, each the mean over ``weight`` samples, to the averages of the present stage.
+
+        Nothing waits for the device. Without ``weight``, the number of samples is read off the batch.
+
+        Raises:
+            DataError: if a value is not one number, or the batch does not tell its number of samples.
+        """
+        self._present_record().add(values, self.num_samples() if weight is None else weight)
+
+    def measure(self, output: Any, target: Any, *, weight: float | None = None) -> None:
+        """Give one batch's output and target to every metric of the present stage."""
+        if self._metrics:
+            self._present_record().measure(output, target, self.num_samples() if weight is None else weight)
+
+    def num_samples(self) -> int:
+        """Return the number of samples in the present batch."""
+        return num_samples(self.batch)
+
+    @property
+    def epoch_step(self) -> int:
+        """The number of the present step within its epoch."""
+        return self.step - self._step_before_epoch
+
+    @property
+    def training(self) -> bool:
+        """Whether the present stage is training."""
+        return self.stage == "train"
+
+    @contextmanager
+    def _evaluating(self, stage: str) -> Iterator[Record]:
+        """Eval mode, no gradients, random numbers of its own and a fresh record; all undone at the end."""
+        modes = {module: module.training for part in self.modules().values() for module in part.modules()}
+        outer = self.stage, self._record, self.batch, self.output
+        record = self._records.setdefault(stage, Record(self._metrics))
+        record.reset()
+        self.stage, self._record = stage, record
+        self.validation_step = 0
+        try:
+            with own_rng(), torch.no_grad():
+                for part in self.modules().values():
+                    part.eval()
+                with self.scope("evaluation"):
+                    yield record
+        finally:
+            self.stage, self._record, self.batch, self.output = outer
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
+        check_data(name, data)
+        self.validation_length = num_batches(data)
+        batches = one_pass(data)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except Exception as error:
+                self._add_reading_note(error, self.validation_step + 1)
+                raise
+            self.validation_step += 1
+            if self.step >= self._batch_ready.due:
+                batch = self._batch_ready.transform(lambda batch: BatchReady(self, batch), batch, self.step)
+            self.batch, self.output = batch, None
+            yield batch
+        if not self.validation_step:
+            raise DataError(empty_message(name, data))
+
+    # Handlers ------------------------------------------------------------------------------------------
+
+    def attach(self, callback: Callback) -> None:
+        """Attach one more callback, after those that are there.
+
+        Raises:
+            ConfigurationError: if it is no callback, or is attached already.
+        """
+        callback = check_callback(callback)
+        if any(callback is other for other in self.callbacks):
+            raise ConfigurationError(f"{callback!r} is attached twice. Attach it once, or make a second one.")
+        callback.attach(self)
+        self.callbacks.append(callback)
+
+    def subscribe(self, event: type[E], handler: Callable[[E], object], when: object = None) -> Subscription[E]:
+        """Call ``handler(event)`` whenever ``event`` happens and ``when`` allows; ``.cancel()`` the result to stop.
+
+        Raises:
+            HandlerError: if ``event`` is no event class, or the handler cannot take one event.
+            ConfigurationError: if ``when`` is no filter.
+        """
+        return self.dispatch.subscribe(event, handler, when)
+
+    def on(self, event: type[E], when: object = None) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
+        """Subscribe the decorated function: ``@engine.on(StepEnd, when=every(100))``."""
+
+        def decorate(handler: Callable[[E], object]) -> Callable[[E], object]:
+            self.subscribe(event, handler, when)
+            return handler
+
+        return decorate
+
+    def emit(self, event: Event) -> None:
+        """Announce an event, your own or a built-in one, to its handlers."""
+        channel = self.dispatch.channel(type(event))
+        count = getattr(self, event.counter)
+        if count >= channel.due:
+            channel.emit(event, count)
+
+    def hears(self, event: type[Event]) -> bool:
+        """Return whether the event has a handler: ask before building a costly one of your own."""
+        return bool(self.dispatch.channel(event).subscriptions)
+
+    def around(self, scope: Scope, manager: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Enter ``manager()`` around every "fit", "forward" (model and loss) or "evaluation".
+
+        Managers are entered in the order of this call and left in reverse, also on failure. FitStart and FitEnd
+        happen inside "fit".
+        """
+        if scope not in get_args(Scope):
+            raise ConfigurationError(
+                f'"{scope}" is not a scope. {did_you_mean(scope, get_args(Scope))}Scopes: {", ".join(get_args(Scope))}.'
+            )
+        self._managers.setdefault(scope, []).append(manager)
+
+    def scope(self, scope: Scope) -> AbstractContextManager[Any]:
+        """Return the context that handlers put around ``scope``; write ``with engine.scope("forward"):``."""
+        managers = self._managers.get(scope)
+        if not managers:
+            return _NOTHING
+        return managers[0]() if len(managers) == 1 else _entered(managers)
+
+    def explain(self) -> str:
+        """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
+        around = [f"around {scope}: {len(managers)} context managers" for scope, managers in self._managers.items()]
+        return "\n".join([self.dispatch.explain(), *around])
+
+    # Run control ---------------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step (or epoch, or validation); ``history.reason`` will say why.
+
+        Before ``min_epochs`` are done it does not count. The other handlers of the present event still run.
+        """
+        plan = self._require_run("stop")
+        if self.epoch - self._first_epoch - (not self._passed) < plan.min_epochs:
+            logger.info("Going on, for min_epochs=%d, though asked to stop: %s", plan.min_epochs, reason)
+            return
+        self._stop_reason = self._stop_reason or reason
+        self.last_step = self.end_of_epoch = self.step
+
+    def _run(self, plan: Plan) -> Generator[int, None, None]:
+        """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
+        if self.plan is not None:
+            raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
+        self._begin_run(plan)
+        try:
+            with self.scope("fit"):
+                try:
+                    self.emit(FitStart(self))
+                    while self.epoch < self.last_epoch and self.step < self.last_step:
+                        self._begin_epoch()
+                        yield self.epoch
+                        self._end_epoch()
+                except BaseException as error:
+                    self._announce_end(error)
+                    raise
+                self._announce_end()
+        finally:
+            self._leave_run()
+
+    def _begin_run(self, plan: Plan) -> None:
+        if self.num_fits:
+            logger.info("Going on from epoch %d, step %d.", self.epoch, self.step)
+        elif self.seed is not None:
+            seed_everything(self.seed)
+        self.num_fits += 1
+        self._first_epoch = self.epoch
+        self.last_epoch = self.epoch + plan.epochs if plan.epochs is not None else math.inf
+        self.last_step = self.step + plan.max_steps if plan.max_steps is not None else math.inf
+        self._stop_reason = None
+        self.dispatch.rewind()
+        self._begin_modes()
+        self.plan = plan
+
+    def _begin_modes(self) -> None:
+        model = self.modules().get("model")
+        self._modes = {} if model is None else {module: module.training for module in model.modules()}
+        if model is not None and not model.training:
+            logger.info("The model was in eval mode: set to training for the run.")
+            model.train()
+
+    def _begin_epoch(self) -> None:
+        self.epoch += 1
+        self._step_before_epoch = self.step
+        self._passed = False
+        self._newest = {}
+        self._records.setdefault("train", Record(self._metrics)).reset()
+        self.emit(EpochStart(self))
+
+    def _begin_training(self, data: Data) -> None:
+        plan = self._require_run("train")
+        check_data("train", data)
+        self.epoch_length = plan.epoch_length or num_batches(data)
+        self.end_of_epoch = min(self.last_step, self.step + (plan.epoch_length or math.inf))
+        self.stage, self._record = "train", self._records["train"]
+        # Epochs of a set length share one pass over the data.
+        if plan.epoch_length is None or self._stream is not data:
+            self._stream, self._batches = data, one_pass(data)
+
+    def _end_training(self, data: Data) -> None:
+        if not self.epoch_step:
+            raise DataError(empty_message("train", data))
+        if self.step < self.end_of_epoch < math.inf and self.end_of_epoch < self.last_step:
+            raise DataError(
+                f"Data ended after {self.epoch_step} steps of epoch {self.epoch}, but epoch_length={self.epoch_length}. "
+                f"Pass epoch_length={self.epoch_step}, or repeat the data: fit(repeat(train), ...)."
+            )
+        self._passed = True
+        self.update.flush()
+
+    def _end_step(self) -> None:
+        if self.step > self._ended_step:
+            self._ended_step = self.step
+            if self.step >= self._step_end.due:
+                self._step_end.emit(StepEnd(self, self.batch, self.output), self.step)
+
+    def _end_epoch(self) -> None:
+        self.update.flush()
+        with own_rng():
+            metrics = prefixed("train", self._records["train"].compute()) | self._newest
+            self.history.add_epoch(self.epoch, self.step, scalars(metrics))
+            self.emit(EpochEnd(self, metrics))
+        self.emit(Settled(self))
+
+    def _announce_end(self, error: BaseException | None = None) -> None:
+        plan = self._require_run("fit")
+        reason = self._stop_reason or (
+            f"max_steps={plan.max_steps} reached" if self.epoch < self.last_epoch else f"{plan.epochs} epochs done"
+        )
+        if isinstance(error, GeneratorExit):
+            reason = f"the loop was left in epoch {self.epoch}"
+        elif error is not None:
+            reason = f"failed with {type(error).__name__}: {error}"
+            error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
+        self.history.reason = reason
+        if error is not None and not isinstance(error, GeneratorExit):
+            self._emit_last(RunFailed(self, error), error)
+        self._emit_last(FitEnd(self, reason), error)
+
+    def _leave_run(self) -> None:
+        self.plan = None
+        self.stage, self._record, self.batch, self.output = "", None, None, None
+        for module, mode in self._modes.items():
+            module.training = mode
+
+    def _emit_last(self, event: RunFailed | FitEnd, error: BaseException | None) -> None:
+        """Let every handler hear the end; an error of theirs never hides the one that ended the run."""
+        try:
+            self.dispatch.channel(type(event)).emit_to_all(event, self.num_fits)
+        except Exception as second:
+            if error is None:
+                raise
+            error.add_note(f"While the run was ending, too: {second!r}")
+
+    # What handlers ask ---------------------------------------------------------------------------------
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Add metrics, updated by `measure` and computed at the end of each stage, by name.
+
+        Raises:
+            ConfigurationError: if a name is taken or a metric is none.
+        """
+        for name, metric in as_metrics(metrics).items():
+            if name in self._metrics or name in self.recorded():
+                raise ConfigurationError(f'Two metrics are named "{name}". Give one of them another name.')
+            self._metrics[name] = metric
+
+    def recorded(self) -> tuple[str, ...]:
+        """Return the names that every stage is known to record before it runs, metrics aside."""
+        return ()
+
+    def expected(self) -> list[str]:
+        """Return the names that a run will have, such as ``val_acc``; empty where they cannot be known."""
+        names = (*self.recorded(), *self._metrics)
+        stages = ("train",) if self.validates is False else ("train", "val")
+        return [f"{stage}_{name}" for stage in stages for name in names] if self.recorded() else []
+
+    def higher_is_better(self, name: str) -> bool | None:
+        """Return whether more of a value such as ``val_acc`` is better; None where nothing says so."""
+        metric = self._metrics.get(name.partition("_")[2])
+        return None if metric is None else higher_is_better(metric)
+
+    def peek(self) -> dict[str, float]:
+        """Return the present stage's newest averages that have reached the host, without waiting for more."""
+        return {} if self._record is None else prefixed(self.stage, self._record.peek())
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return those parts that are modules, by name."""
+        return {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter of every module, under its name within its part."""
+        for module in self.modules().values():
+            yield from module.named_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter; the CPU where there is none."""
+        return next((parameter.device for _, parameter in self.named_parameters()), torch.device("cpu"))
+
+    # Checks --------------------------------------------------------------------------------------------
+
+    def _expect(self, train: Data, val: Data | None) -> None:
+        """Refuse what a fit could not run with, before it begins."""
+        if self._step_function is None and type(self).training_step is Engine.training_step:
+            raise ConfigurationError(
+                "This engine has no step. Write Engine(step, ...), or loop over engine.epochs(n)."
+            )
+        check_data("train", train)
+        if val is not None:
+            check_data("val", val)
+        self.validates = val is not None
+
+    def _validate(self, val: Data | None) -> None:
+        if val is not None:
+            for batch in self.validate(val):
+                self.evaluation_step(batch)
+
+    def _take(self, output: Tensor | Mapping[str, Any]) -> None:
+        self.output = output
+        if isinstance(output, Tensor):
+            self.record(loss=output)
+        elif isinstance(output, Mapping):
+            self.record(**output)
+        else:
+            raise DataError(
+                f"The step returned {output!r}, of type {type(output).__name__}. "
+                "Return None, a tensor, or a dict such as {'loss': loss}."
+            )
+
+    def _present_record(self) -> Record:
+        if self._record is None:
+            raise EngineStateError(
+                "Values were recorded outside a stage. "
+                "Record inside the body of engine.train(...) or engine.validate(...)."
+            )
+        return self._record
+
+    def _require_run(self, what: str) -> Plan:
+        if self.plan is None:
+            raise EngineStateError(f"engine.{what} stands outside a run. Write: for epoch in engine.epochs(n): ...")
+        return self.plan
+
+    def _add_reading_note(self, error: Exception, position: int) -> None:
+        error.add_note(f"While reading batch {position} of the {self.stage} data in epoch {self.epoch}.")
+        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
+            error.add_note("A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0.")
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+@contextmanager
+def _entered(managers: list[Callable[[], AbstractContextManager[Any]]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager())
+        yield

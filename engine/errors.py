@@ -1,0 +1,68 @@
+"""Every error a user can cause, and the one way their messages are worded.
+
+    CamshaftError
+    ├── ConfigurationError (ValueError)   a setting, a name or an argument that cannot work
+    │   └── HandlerError                  a handler or hook that could never be called
+    ├── DataError (ValueError)            data or a model's output that does not fit
+    ├── CheckpointError (RuntimeError)    a file that cannot be loaded into this run
+    └── EngineStateError (RuntimeError)   a call that is not possible at this moment
+
+Each message is one sentence of fact, with names and values, and one of what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CamshaftError(Exception):
+    """The root of every error that camshaft raises itself."""
+
+
+class ConfigurationError(CamshaftError, ValueError):
+    """A setting, a name or an argument that cannot work."""
+
+
+class HandlerError(ConfigurationError):
+    """A handler or hook that could never be called as it is written."""
+
+
+class DataError(CamshaftError, ValueError):
+    """Data, or a model's output, that does not fit what is done with it."""
+
+
+class CheckpointError(CamshaftError, RuntimeError):
+    """A checkpoint file that cannot be loaded into this run."""
+
+
+class EngineStateError(CamshaftError, RuntimeError):
+    """A call that is not possible at this moment of the run."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``'Did you mean "x"? '`` for the nearest known name, or nothing.
+
+    >>> did_you_mean("val_accuracy", ["val_loss", "val_acc"])
+    'Did you mean "val_acc"? '
+    >>> did_you_mean("zebra", ["val_loss"])
+    ''
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f'Did you mean "{close[0]}"? ' if close else ""
+
+
+def whole_number(name: str, value: object, *, least: int) -> int:
+    """Return ``value`` if it is a whole number of at least ``least``, or refuse it by name.
+
+    Raises:
+        ConfigurationError: for floats, strings, booleans and numbers below ``least``.
+
+    >>> whole_number("patience", 3, least=1)
+    3
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(
+            f"{name} is {value!r}, but it counts something. Pass a whole number of at least {least}."
+        )
+    return value

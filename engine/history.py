@@ -1,0 +1,125 @@
+"""What a run has reached: one row per epoch, one column per value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import did_you_mean
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class History(Mapping[str, list[float]]):
+    """The values of a run, by column: ``history["val_acc"]`` is a list with one plain float per epoch.
+
+    Columns are ``epoch``, ``step`` and every recorded value under its stage's name. An epoch without a
+    validation has NaN in the ``val_*`` columns; one with several has the last. All of them, each with its
+    step, are in ``validations``. ``reason`` says why the run ended.
+
+    >>> history = History()
+    >>> history.add_epoch(1, 12, {"train_loss": 0.5})
+    >>> history["train_loss"]
+    [0.5]
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.validations: list[dict[str, float]] = []
+        self.reason = ""
+
+    def add_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Append a row."""
+        self.rows.append({"epoch": epoch, "step": step, **values})
+
+    def add_validation(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of one validation."""
+        self.validations.append({"epoch": epoch, "step": step, **values})
+
+    def __getitem__(self, name: str) -> list[float]:
+        names = list(self)
+        if name not in names:
+            raise KeyError(
+                f'The history has no column "{name}". {did_you_mean(name, names)}Columns: {", ".join(names)}.'
+            )
+        return [row.get(name, math.nan) for row in self.rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for row in self.rows for name in row))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __repr__(self) -> str:
+        return f"History({len(self.rows)} epochs: {', '.join(self)})"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the history as a pandas DataFrame, one row per epoch.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_frame() needs pandas, which is missing. Write: pip install pandas.") from error
+        return pandas.DataFrame({name: self[name] for name in self})
+
+    def curves(self) -> list[str]:
+        """Return the names that can be drawn, without their stage: ``["loss", "acc"]``."""
+        staged = (name.split("_", 1) for name in self if name.startswith(("train_", "val_")))
+        return list(dict.fromkeys(name for _, name in staged))
+
+    def plot(self, *names: str) -> Figure:
+        """Draw training and validation curves and return the matplotlib figure.
+
+        Args:
+            names: which values, without ``train_`` or ``val_``; all of them by default.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        chosen = names or tuple(self.curves())
+        for name in chosen:
+            if name not in self.curves():
+                raise KeyError(
+                    f'The history has no curve "{name}". {did_you_mean(name, self.curves())}'
+                    f"Curves: {', '.join(self.curves())}."
+                )
+        figure = Figure(figsize=(6.4 * max(len(chosen), 1), 4.4), layout="constrained")
+        FigureCanvasAgg(figure)  # draws without a window and without pyplot's global state
+        panels = figure.subplots(1, max(len(chosen), 1), squeeze=False)[0]
+        for axes, name in zip(panels, chosen, strict=False):
+            self._draw(axes, name)
+        return figure
+
+    def _draw(self, axes: Axes, name: str) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        # Validations between epochs have no place on an axis of epochs: then both are drawn over steps.
+        ends = {row["step"] for row in self.rows}
+        unit = "epoch" if all(row["step"] in ends for row in self.validations) else "step"
+        for stage, rows, colour in (
+            ("train", self.rows, "tab:blue"),
+            ("val", self.validations, "tab:orange"),
+        ):
+            points = [(row[unit], row[f"{stage}_{name}"]) for row in rows if f"{stage}_{name}" in row]
+            if points:
+                label = {"train": "training", "val": "validation"}[stage]
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label)
+        axes.set(title=name, xlabel=unit, ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return rows and validations as lists of dicts of numbers."""
+        return {"rows": self.rows, "validations": self.validations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.rows, self.validations = list(state["rows"]), list(state["validations"])

@@ -1,0 +1,83 @@
+"""How far a run goes, and when it validates."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from .errors import ConfigurationError, whole_number
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``fit`` and ``epochs`` were asked for, checked.
+
+    Args:
+        epochs: how many more epochs to run; None means until ``max_steps``.
+        max_steps: how many more training steps to run at most.
+        min_epochs: how many epochs to run before a handler's ``stop`` counts.
+        epoch_length: steps in an epoch; by default an epoch is one pass over the data.
+        validate_every: a number in the run's own unit (epochs, or steps in a run by ``max_steps`` alone), or
+            with the unit said: ``"500 steps"``, ``"2 epochs"``. Default: after each epoch.
+
+    Raises:
+        ConfigurationError: naming the setting that cannot work.
+    """
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    min_epochs: int = 0
+    epoch_length: int | None = None
+    validate_every: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.max_steps is None:
+            raise ConfigurationError("Neither epochs nor max_steps was given. Say how far to go: epochs=10.")
+        if self.epochs is not None:
+            whole_number("epochs", self.epochs, least=0)
+        if self.max_steps is not None:
+            whole_number("max_steps", self.max_steps, least=0)
+        if self.epoch_length is not None:
+            whole_number("epoch_length", self.epoch_length, least=1)
+        whole_number("min_epochs", self.min_epochs, least=0)
+        if self.epochs is not None and self.min_epochs > self.epochs:
+            raise ConfigurationError(
+                f"min_epochs={self.min_epochs} is more than epochs={self.epochs}. Lower one or raise the other."
+            )
+        self.validation_interval()
+
+    def validation_interval(self) -> tuple[int, str]:
+        """Return how often to validate, as ``(n, "steps" or "epochs")``.
+
+        >>> Plan(epochs=3, validate_every="500 steps").validation_interval()
+        (500, 'steps')
+        """
+        wanted = self.validate_every
+        if wanted is None:
+            return 1, "epochs"
+        own_unit = "steps" if self.epochs is None else "epochs"
+        if isinstance(wanted, str):
+            match = re.fullmatch(r"(\d+) *(steps?|epochs?)", wanted.strip())
+            if match is None:
+                raise ConfigurationError(
+                    f"validate_every={wanted!r} is not an interval. "
+                    'Write "500 steps", "2 epochs", or a number of ' + own_unit + "."
+                )
+            return whole_number("validate_every", int(match[1]), least=1), match[2].rstrip("s") + "s"
+        return whole_number("validate_every", wanted, least=1), own_unit
+
+    def validates_after_step(self, step: int) -> bool:
+        """Return whether a validation is due in the middle of an epoch, after this step."""
+        n, unit = self.validation_interval()
+        return unit == "steps" and step % n == 0
+
+    def validates_after_epoch(self, epoch: int) -> bool:
+        """Return whether a validation is due at the end of this epoch."""
+        n, unit = self.validation_interval()
+        return unit == "epochs" and epoch % n == 0
+
+    def next_validation(self, step: int) -> float:
+        """Return the next step after ``step`` with a validation in mid-epoch, or infinity."""
+        n, unit = self.validation_interval()
+        return (step // n + 1) * n if unit == "steps" else math.inf

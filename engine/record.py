@@ -1,0 +1,230 @@
+"""Averages that are right: every value is a (sum, weight) pair, and the sums stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DataError
+from .metric import ComputedMetric, FunctionMetric, Metric
+
+
+class AverageMeter:
+    """The running average of one value: ``val`` (newest), ``sum``, ``count`` and ``avg``.
+
+    A tensor's sum is kept on its device, in double precision where the device has it; nothing waits for the
+    device until ``avg`` is read.
+
+    Args of `update`: ``val`` is the mean over ``n`` samples, as a number or a tensor of one element.
+
+    >>> meter = AverageMeter()
+    >>> meter.update(1.0, n=3)
+    >>> meter.update(torch.tensor(5.0), n=1)
+    >>> meter.avg, meter.count
+    (2.0, 4)
+    """
+
+    __slots__ = ("count", "sum", "val")
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.val: float | Tensor = 0.0
+        self.sum: float | Tensor = 0.0
+        self.count: float = 0
+
+    def update(self, val: float | Tensor, n: float = 1) -> None:
+        """Add ``val``, the mean over ``n`` samples.
+
+        Raises:
+            DataError: if ``val`` is a tensor of more than one element.
+        """
+        if isinstance(val, Tensor):
+            if val.ndim:
+                val = _only_element(val)
+            val = val.detach()
+            if not isinstance(self.sum, Tensor):
+                self.sum = torch.full((), self.sum, dtype=_widest(val.device), device=val.device)
+            self.sum.add_(val, alpha=n)
+        else:
+            self.sum += val * n
+        self.val = val
+        self.count += n
+
+    @property
+    def avg(self) -> float:
+        """The average over all samples, NaN if there are none; reading it waits for the device."""
+        return float(self.sum) / self.count if self.count else float("nan")
+
+    def __repr__(self) -> str:
+        return f"AverageMeter(avg={self.avg:.6g}, count={self.count})"
+
+
+class Record:
+    """What one stage (train, val or test) has accumulated: averages by name, and metrics.
+
+    Args:
+        metrics: the stage's own metrics by name; they are updated by `measure`.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric] | None = None) -> None:
+        self.meters: dict[str, AverageMeter] = {}
+        self.computed: dict[str, ComputedMetric] = {}
+        self.functions: dict[str, FunctionMetric] = {}
+        self._arriving: _Arriving | None = None
+        self._arrived: dict[str, float] = {}
+        for name, metric in (metrics or {}).items():
+            if isinstance(metric, ComputedMetric):
+                self.computed[name] = metric.fresh()
+            else:
+                self.functions[name] = metric
+
+    def reset(self) -> None:
+        """Start the stage anew."""
+        self.meters.clear()
+        self._arriving, self._arrived = None, {}
+        for metric in self.computed.values():
+            metric.reset()
+
+    def add(self, values: Mapping[str, float | Tensor], weight: float) -> None:
+        """Add each value, the mean over ``weight`` samples.
+
+        Raises:
+            DataError: naming the value, if it is no number and no tensor of one element.
+        """
+        for name, value in values.items():
+            meter = self.meters.get(name)
+            if meter is None:
+                meter = self.meters[name] = AverageMeter()
+            try:
+                meter.update(value, weight)
+            except (DataError, TypeError) as error:
+                raise DataError(_not_a_number(name, value)) from error
+
+    def measure(self, output: Any, target: Any, weight: float) -> None:
+        """Update every metric with one batch; no gradients are recorded."""
+        if self.functions:
+            with torch.no_grad():
+                values = {name: metric(output, target) for name, metric in self.functions.items()}
+            self.add(values, weight)
+        for metric in self.computed.values():
+            metric.update(output, target)
+
+    def compute(self) -> dict[str, Any]:
+        """Return every average and metric, the scalars as floats, in one transfer from each device.
+
+        A metric that is no scalar (a confusion matrix, per-class values) comes as a tensor on the CPU.
+        """
+        values: dict[str, Any] = {name: meter.sum for name, meter in self.meters.items()}
+        for name, metric in self.computed.items():
+            values |= metric.compute(name)
+        values = _to_host(values)
+        return {
+            name: value / self.meters[name].count if name in self.meters else value for name, value in values.items()
+        }
+
+    def peek(self) -> dict[str, float]:
+        """Return the newest averages that have arrived on the host, without waiting for the device.
+
+        On the CPU these are the present ones. On an accelerator each call starts a copy and returns those
+        whose copy is done.
+        """
+        if self._arriving is None:
+            self._arriving = _Arriving(self.meters)
+        if self._arriving.done():
+            self._arrived = self._arriving.averages()
+            self._arriving = None
+        return self._arrived
+
+
+class _Arriving:
+    """Averages on their way to the host."""
+
+    def __init__(self, meters: Mapping[str, AverageMeter]) -> None:
+        self._counts = {name: meter.count for name, meter in meters.items()}
+        self._sums: dict[str, float | Tensor] = {}
+        self._event: torch.cuda.Event | None = None
+        for name, meter in meters.items():
+            value = meter.sum
+            if isinstance(value, Tensor) and value.is_cuda:
+                pinned = torch.empty((), dtype=value.dtype, pin_memory=True)
+                value = pinned.copy_(value, non_blocking=True)
+                self._event = self._event or torch.cuda.Event()
+            self._sums[name] = value
+        if self._event is not None:
+            self._event.record()
+
+    def done(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def averages(self) -> dict[str, float]:
+        return {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+
+
+def _to_host(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values in their order, scalars as floats; all scalars of a device come in one transfer."""
+    by_device: dict[torch.device, list[str]] = {}
+    host: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            host[name] = None
+            if value.numel() == 1:
+                by_device.setdefault(value.device, []).append(name)
+            else:
+                host[name] = value.detach().cpu()
+        else:
+            host[name] = float(value)
+    for device, names in by_device.items():
+        stacked = torch.stack([values[name].detach().reshape(()).to(_widest(device)) for name in names])
+        host.update(zip(names, stacked.tolist(), strict=True))
+    return host
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
+
+
+def _only_element(val: Tensor) -> Tensor:
+    if val.numel() != 1:
+        raise DataError(f"An average was given a tensor of shape {list(val.shape)}. Reduce it, as by .mean().")
+    return val.reshape(())
+
+
+def _not_a_number(name: str, value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{name} has shape {list(value.shape)}, but a recorded value is one number. Reduce it: {name}.mean()."
+    return f"{name} is {value!r}, which is not a number. Record a float or a tensor of one element."
+
+
+def prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values under ``<stage>_<name>``.
+
+    >>> prefixed("val", {"loss": 0.5})
+    {'val_loss': 0.5}
+    """
+    return {f"{stage}_{name}": value for name, value in values.items()}
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return those values that are single numbers: what a history and a log hold."""
+    return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+def format_values(values: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
+    """Return the scalars as one line for people.
+
+    >>> format_values({"train_loss": 0.12345, "val_acc": 0.5})
+    'train_loss 0.1235  val_acc 0.5000'
+    """
+    chosen = scalars(values) if names is None else {name: values[name] for name in names}
+    return "  ".join(f"{name} {_short(value)}" for name, value in chosen.items())
+
+
+def _short(value: float) -> str:
+    """Four decimals, or four significant digits where those would say nothing."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"

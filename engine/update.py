@@ -1,0 +1,155 @@
+"""One optimizer update, in the only right order.
+
+LossReady
+backward (of the loss, scaled for mixed precision and for its share of the window)
+-- when the window is full, or the epoch is over --
+unscale, once
+GradientsReady        the true gradients: look at them, clip them
+optimizer.step
+UpdateEnd             only if the step was taken: schedules and weight averages go here
+zero_grad(set_to_none=True)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from .errors import DataError, EngineStateError
+from .events import GradientsReady, LossReady, UpdateEnd
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Update:
+    """``engine.update(loss)``: what a step does with its loss.
+
+    Without accumulation this is ``loss.backward(); optimizer.step(); optimizer.zero_grad()`` to the bit.
+
+    With a window, the gradients of K micro-batches are those of one batch that holds all their samples: each
+    loss (a mean over its samples) counts by its number of samples, also in a window that the end of an epoch
+    cuts short. Windows never reach over an epoch's end.
+
+    Attributes:
+        window_batches: micro-batches per update.
+        window_samples: samples per update instead, or None.
+        scaler: a ``torch.amp.GradScaler`` for float16, or None.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loss_ready = engine.dispatch.channel(LossReady)
+        self._gradients_ready = engine.dispatch.channel(GradientsReady)
+        self._update_end = engine.dispatch.channel(UpdateEnd)
+        self.window_batches = 1
+        self.window_samples: int | None = None
+        self.scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # torch does not export it
+        self._batches = 0  # in the open window
+        self._samples = 0.0
+        self._nominal = 0.0  # samples a full window would have, judged by its first batch
+
+    def __call__(self, loss: Tensor, num_samples: float | None = None) -> None:
+        """Differentiate ``loss`` and, when the window is full, update the weights.
+
+        Args:
+            loss: one element, the mean over the batch.
+            num_samples: how many samples it is the mean of; taken from the batch by default.
+
+        Raises:
+            DataError: if the loss is not one number, or nothing in it can be trained.
+        """
+        engine = self._engine
+        check_loss(loss, engine)
+        if engine.step >= self._loss_ready.due:
+            loss = self._loss_ready.transform(lambda value: LossReady(engine, value), loss, engine.step)
+        if self.window_batches > 1 or self.window_samples is not None:
+            loss = loss * self._share(engine.num_samples() if num_samples is None else num_samples)
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self._batches += 1
+        if self._window_is_full():
+            self._apply()
+
+    def flush(self) -> None:
+        """Make the update of a window that the end of the epoch cut short, if one is open."""
+        if self._batches:
+            self._apply()
+
+    def _share(self, num_samples: float) -> float:
+        if not self._batches:
+            self._nominal = self.window_samples or num_samples * self.window_batches
+        self._samples += num_samples
+        return num_samples / self._nominal
+
+    def _window_is_full(self) -> bool:
+        if self.window_samples is not None:
+            return self._samples >= self.window_samples
+        return self._batches >= self.window_batches
+
+    def _apply(self) -> None:
+        engine, scaler = self._engine, self.scaler
+        optimizer = self._optimizer()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self._samples != self._nominal:
+            self._rescale(optimizer, self._nominal / self._samples)
+        self._batches, self._samples, self._nominal = 0, 0.0, 0.0
+        engine.num_updates += 1
+        if engine.num_updates >= self._gradients_ready.due:
+            self._gradients_ready.emit(GradientsReady(engine), engine.num_updates)
+        if scaler is None:
+            optimizer.step()
+            taken = True
+        else:
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            taken = scaler.get_scale() >= scale  # a scale that shrank is how torch says that it skipped
+        if not taken:
+            engine.num_updates -= 1
+            engine.num_skipped_updates += 1
+        elif engine.num_updates >= self._update_end.due:
+            self._update_end.emit(UpdateEnd(engine), engine.num_updates)
+        optimizer.zero_grad()
+
+    def _rescale(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.parts.get("optimizer")
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
+        raise EngineStateError(
+            f"engine.update needs a part named optimizer, but the parts are: {', '.join(self._engine.parts)}. "
+            "Write Engine(step, model=model, optimizer=optimizer)."
+        )
+
+
+def check_loss(loss: object, engine: Engine) -> None:
+    """Refuse a loss that is not one number, or cannot be differentiated, with the reason."""
+    if not isinstance(loss, Tensor):
+        raise DataError(
+            f"The loss is {loss!r}, of type {type(loss).__name__}, which has no gradient. "
+            "Return the tensor itself, without .item() or float()."
+        )
+    if loss.numel() != 1:
+        raise DataError(f"The loss has shape {list(loss.shape)}, but it must be one number. Reduce it: loss.mean().")
+    if not loss.requires_grad and torch.is_grad_enabled():
+        _refuse_without_grad(engine)
+
+
+def _refuse_without_grad(engine: Engine) -> NoReturn:
+    trainable = [name for name, p in engine.named_parameters() if p.requires_grad]
+    if not trainable:
+        frozen = ", ".join(name for name, _ in list(engine.named_parameters())[:5])
+        raise DataError(
+            f"No parameter of the model is trainable (frozen: {frozen} ...). "
+            "Set requires_grad = True on those that should learn."
+        )
+    raise DataError(
+        f"The loss does not depend on any trainable parameter ({', '.join(trainable[:5])} ...). "
+        "Look for .detach(), .item(), argmax or torch.no_grad() between the model and the loss."
+    )
