@@ -36,13 +36,15 @@ class Monitor:
     def attach(self, engine: Engine, check: Callable[[Engine, float], None]) -> None:
         """Call ``check(engine, value)`` at each new value, and look before the run whether there will be any."""
         engine.subscribe(FitStart, self._before_run)
-        moment = ValidationEnd if self.name.startswith("val_") else EpochEnd
 
         def read(event: ValidationEnd | EpochEnd) -> None:
             check(event.engine, self.read(event.metrics))
 
         read.__qualname__ = f"{self.owner} on {self.name}"
-        engine.subscribe(moment, read)
+        if self.name.startswith("val_"):
+            engine.subscribe(ValidationEnd, read)
+        else:
+            engine.subscribe(EpochEnd, read)
 
     def better(self, value: float, than: float) -> bool:
         """Return whether ``value`` beats ``than``; NaN beats nothing, and anything else beats NaN."""

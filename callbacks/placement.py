@@ -33,7 +33,7 @@ class Placement(Callback):
         super().attach(engine)
         for module in engine.modules().values():
             if self.channels_last:
-                module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # in torch's docs, not its stubs
+                module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
             else:
                 module.to(self.device)
 

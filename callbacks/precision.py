@@ -41,10 +41,11 @@ class MixedPrecision(Callback):
         if self.precision == "fp16":
             if device.type == "cpu":
                 raise ConfigurationError(
-                    'The model is on the CPU, which has no fp16 training. Write MixedPrecision("bf16"), or leave it out.'
+                    "The model is on the CPU, which has no fp16 training. "
+                    'Write MixedPrecision("bf16"), or leave it out.'
                 )
             if event.engine.update.scaler is None:
-                event.engine.update.scaler = torch.amp.GradScaler(device.type)  # type: ignore[attr-defined]  # not in its __all__
+                event.engine.update.scaler = torch.amp.GradScaler(device.type)
         elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigurationError(
                 f'{torch.cuda.get_device_name(device)} has no bf16. Write MixedPrecision("fp16"), or leave it out.'

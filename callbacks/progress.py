@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import time
@@ -103,10 +104,7 @@ class ProgressBar(Callback):
         self._write(f"{epoch_title(engine)}  step {engine.epoch_step}{length}  {values}")
 
     def _new_bar(self, title: str) -> Any:
-        if in_notebook():
-            from tqdm.notebook import tqdm
-        else:
-            from tqdm import tqdm
+        tqdm = importlib.import_module("tqdm.notebook" if in_notebook() else "tqdm").tqdm
         return tqdm(desc=title, leave=False, position=len(self._bars), dynamic_ncols=True, file=self.file)
 
     def _close_all(self) -> None:

@@ -1,5 +1,7 @@
-"""The loop. `Engine.fit` is all of it; `Engine.epochs`, `Engine.train` and `Engine.validate` are its parts,
-and the script style: your own two loops over the same events.
+"""The loop.
+
+`Engine.fit` is all of it. `Engine.epochs`, `Engine.train` and `Engine.validate` are its parts, and the script
+style: your own two loops over the same events.
 """
 
 from __future__ import annotations
@@ -339,7 +341,8 @@ class Engine:
         """
         if scope not in get_args(Scope):
             raise ConfigurationError(
-                f'"{scope}" is not a scope. {did_you_mean(scope, get_args(Scope))}Scopes: {", ".join(get_args(Scope))}.'
+                f'"{scope}" is not a scope. {did_you_mean(scope, get_args(Scope))}'
+                f"Scopes: {', '.join(get_args(Scope))}."
             )
         self._managers.setdefault(scope, []).append(manager)
 
@@ -433,7 +436,8 @@ class Engine:
             raise DataError(empty_message("train", data))
         if self.step < self.end_of_epoch < math.inf and self.end_of_epoch < self.last_step:
             raise DataError(
-                f"Data ended after {self.epoch_step} steps of epoch {self.epoch}, but epoch_length={self.epoch_length}. "
+                f"Data ended after {self.epoch_step} steps of epoch {self.epoch}, "
+                f"but epoch_length={self.epoch_length}. "
                 f"Pass epoch_length={self.epoch_step}, or repeat the data: fit(repeat(train), ...)."
             )
         self._passed = True

@@ -147,7 +147,7 @@ class Trainer(Engine):
 
     def _call_loss(self, output: Any, target: Any) -> Tensor:
         loss_fn = self.parts["loss_fn"]
-        arguments = (output, target)
+        arguments: tuple[Any, ...] = (output, target)
         if self._loss_arity == 1:
             arguments = (output,)
         elif self._loss_arity > 2 and isinstance(output, tuple):

@@ -46,7 +46,7 @@ class Update:
         self._update_end = engine.dispatch.channel(UpdateEnd)
         self.window_batches = 1
         self.window_samples: int | None = None
-        self.scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # torch does not export it
+        self.scaler: torch.amp.GradScaler | None = None
         self._batches = 0  # in the open window
         self._samples = 0.0
         self._nominal = 0.0  # samples a full window would have, judged by its first batch
