@@ -39,7 +39,7 @@ class Metrics(Callback):
     def attach(self, engine: Engine) -> None:
         """Hand the metrics to the engine, which keeps them beside its averages."""
         super().attach(engine)
-        engine.add_metrics(self.metrics)
+        engine.stages.add_metrics(self.metrics)
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(self.metrics)})"

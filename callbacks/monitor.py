@@ -76,11 +76,11 @@ class Monitor:
                 f'{self.owner} watches "{self.name}", but fit was given no validation data. '
                 f'Pass fit(train, val, ...), or watch "train_{self.name[4:]}".'
             )
-        expected = engine.expected()
+        expected = engine.stages.expected(validates=engine.validates)
         if expected and self.name not in expected:
             raise self._missing(expected)
         if self.mode is None:
-            higher = engine.higher_is_better(self.name)
+            higher = engine.stages.higher_is_better(self.name)
             if higher is None:
                 raise ConfigurationError(
                     f'{self.owner} cannot know whether more or less of "{self.name}" is better. '

@@ -22,21 +22,22 @@ Handler = Callable[[E], object]
 class Subscription(Generic[E]):
     """One handler of one event; ``cancel()`` ends it.
 
-    ``due`` is a lower bound: the filter need not be asked before the counter reaches it.
+    ``due`` is a lower bound: the filter need not be asked before the counter reaches it. A cancelled handler is
+    never due, also in the dispatch that is under way.
     """
 
-    __slots__ = ("_channel", "active", "due", "handler", "when")
+    __slots__ = ("_channel", "always", "due", "handler", "when")
 
     def __init__(self, channel: Channel[E], handler: Handler[E], when: When) -> None:
         self._channel = channel
         self.handler = handler
         self.when = when
-        self.due: float = 0
-        self.active = True
+        self.always = isinstance(when, Always)
+        self.due = 0
 
     def cancel(self) -> None:
         """Stop hearing, from this moment on; a second call does nothing."""
-        self.active = False
+        self.due = NEVER
         self._channel.remove(self)
 
     def __repr__(self) -> str:
@@ -49,18 +50,19 @@ class Channel(Generic[E]):
     The loop's whole cost for an event that nobody is due to hear is ``if count >= channel.due``.
     """
 
-    __slots__ = ("due", "event", "subscriptions")
+    __slots__ = ("due", "event", "filtered", "subscriptions")
 
     def __init__(self, event: type[E]) -> None:
         self.event = event
         self.subscriptions: tuple[Subscription[E], ...] = ()
-        self.due: float = NEVER
+        self.due = NEVER
+        self.filtered = False  # whether any subscription has a filter
 
     def add(self, handler: Handler[E], when: When) -> Subscription[E]:
         """Append a handler; it takes part from the next dispatch on."""
         subscription = Subscription(self, handler, when)
         self.subscriptions = (*self.subscriptions, subscription)
-        self.due = 0
+        self._settle_due()
         return subscription
 
     def remove(self, subscription: Subscription[E]) -> None:
@@ -76,12 +78,17 @@ class Channel(Generic[E]):
 
     def emit(self, event: E, count: int) -> None:
         """Call each handler that is due with ``event``."""
-        for subscription in self._due(count):
-            try:
-                subscription.handler(event)
-            except Exception as error:
+        subscription = None
+        try:
+            for subscription in self.subscriptions:
+                if count >= subscription.due and (subscription.always or self._ask(subscription, count)):
+                    subscription.handler(event)
+        except Exception as error:
+            if subscription is not None:
                 self._add_note(error, subscription, count)
-                raise
+            raise
+        if self.filtered:
+            self._settle_due()
 
     def emit_to_all(self, event: E, count: int) -> None:
         """Call each handler that is due, also after one has raised; then raise the first error."""
@@ -110,23 +117,19 @@ class Channel(Generic[E]):
         return value
 
     def _due(self, count: int) -> Iterator[Subscription[E]]:
-        filtered = False
         for subscription in self.subscriptions:
-            when = subscription.when
-            if type(when) is Always:
-                if subscription.active:
-                    yield subscription
-                continue
-            filtered = True
-            if subscription.active and count >= subscription.due:
-                subscription.due = when.next_due(count)
-                if when(count):
-                    yield subscription
-        if filtered:
-            self._settle_due()
+            if count >= subscription.due and self._ask(subscription, count):
+                yield subscription
+        self._settle_due()
+
+    def _ask(self, subscription: Subscription[E], count: int) -> bool:
+        if not subscription.always:
+            subscription.due = subscription.when.next_due(count)
+        return subscription.when(count)
 
     def _settle_due(self) -> None:
         self.due = min((subscription.due for subscription in self.subscriptions), default=NEVER)
+        self.filtered = any(not subscription.always for subscription in self.subscriptions)
 
     def _add_note(self, error: Exception, subscription: Subscription[E], count: int) -> None:
         error.add_note(

@@ -9,22 +9,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .announcer import Announcer
 from .batch import num_samples
-from .callback import Callback, check_callback
-from .dispatch import Dispatch, Subscription
-from .errors import ConfigurationError, DataError, EngineStateError, did_you_mean, whole_number
+from .callback import Callback
+from .errors import ConfigurationError, DataError, EngineStateError, whole_number
 from .events import (
     BatchReady,
     EpochEnd,
     EpochStart,
-    Event,
     FitEnd,
     FitStart,
     RunFailed,
@@ -35,21 +34,20 @@ from .events import (
     ValidationStepEnd,
 )
 from .history import History
-from .metric import Metric, as_metrics, higher_is_better
 from .order import Data, check_data, empty_message, num_batches, one_pass
 from .plan import Plan
 from .record import Record, prefixed, scalars
 from .rng import own_rng, seed_everything
+from .stages import Stages
 from .update import Update
+from .when import NEVER
 
-E = TypeVar("E", bound=Event)
-Scope = Literal["fit", "forward", "evaluation"]
 StepFunction = Callable[["Engine", Any], Tensor | Mapping[str, Any] | None]
 
 logger = logging.getLogger("camshaft")
 
 
-class Engine:
+class Engine(Announcer):
     """Runs training and validation, and announces each moment as an event.
 
     Args:
@@ -85,10 +83,12 @@ class Engine:
             raise ConfigurationError(f"step is {step!r}, not a function. Write def step(engine, batch): ...")
         if seed is not None:
             whole_number("seed", seed, least=0)
+        super().__init__()
         self._step_function = step
         self.seed = seed
         self.parts: dict[str, Any] = parts
         self.history = History()
+        self.stages = Stages()
         self.directory: Path | None = None
         self.epoch = self.step = self.validation_step = 0
         self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
@@ -96,31 +96,24 @@ class Engine:
         self.batch: Any = None
         self.output: Any = None
         self.plan: Plan | None = None
-        self.last_epoch: float = math.inf
-        self.last_step: float = math.inf
-        self.end_of_epoch: float = math.inf
+        self.validates: bool | None = None  # None: unknown, the script style decides as it goes
         self.epoch_length: int | None = None
         self.validation_length: int | None = None
-        self.validates: bool | None = None  # None: unknown, the script style decides as it goes
+        self.last_epoch = self.last_step = math.inf
+        self._end_of_epoch = NEVER
         self._stop_reason: str | None = None
-        self._ended_step = self._step_before_epoch = 0
-        self._first_epoch = 0
+        self._first_epoch = self._ended_step = self._step_before_epoch = 0
         self._passed = False  # whether this epoch's training data are through
-        self._modes: dict[nn.Module, bool] = {}
         self._stream: Data = ()
         self._batches: Iterator[Any] = iter(())
         self._record: Record | None = None
-        self._records: dict[str, Record] = {}
-        self._metrics: dict[str, Metric] = {}
         self._newest: dict[str, Any] = {}
-        self._managers: dict[Scope, list[Callable[[], AbstractContextManager[Any]]]] = {}
-        self.dispatch = Dispatch()
+        self._modes: dict[nn.Module, bool] = {}
         self._batch_ready = self.dispatch.channel(BatchReady)
         self._step_end = self.dispatch.channel(StepEnd)
         self._settled = self.dispatch.channel(Settled)
         self._validation_step_end = self.dispatch.channel(ValidationStepEnd)
         self.update = Update(self)
-        self.callbacks: list[Callback] = []
         for callback in callbacks:
             self.attach(callback)
 
@@ -152,9 +145,9 @@ class Engine:
                 next_validation = plan.next_validation(self.step)
                 for batch in self.train(train):
                     step(batch)
-                    if self.step >= next_validation:
-                        self._validate(val)
+                    if self.step >= next_validation and plan.validates_after_step(self.step):
                         next_validation = plan.next_validation(self.step)
+                        self._validate(val)
                 if plan.validates_after_epoch(self.epoch):
                     self._validate(val)
         except BaseException as error:
@@ -182,7 +175,7 @@ class Engine:
                     self._end_step()
                 if step >= settled.due:
                     settled.emit(Settled(self), step)
-                if step >= self.end_of_epoch:
+                if step >= self._end_of_epoch and self._epoch_is_over():
                     break
                 reading = True
         except Exception as error:
@@ -233,8 +226,7 @@ class Engine:
 
     def measure(self, output: Any, target: Any, *, weight: float | None = None) -> None:
         """Give one batch's output and target to every metric of the present stage."""
-        if self._metrics:
-            self._present_record().measure(output, target, self.num_samples() if weight is None else weight)
+        self._present_record().measure(output, target, self.num_samples() if weight is None else weight)
 
     def num_samples(self) -> int:
         """Return the number of samples in the present batch."""
@@ -255,7 +247,7 @@ class Engine:
         """Eval mode, no gradients, random numbers of its own and a fresh record; all undone at the end."""
         modes = {module: module.training for part in self.modules().values() for module in part.modules()}
         outer = self.stage, self._record, self.batch, self.output
-        record = self._records.setdefault(stage, Record(self._metrics))
+        record = self.stages[stage]
         record.reset()
         self.stage, self._record = stage, record
         self.validation_step = 0
@@ -290,74 +282,6 @@ class Engine:
         if not self.validation_step:
             raise DataError(empty_message(name, data))
 
-    # Handlers ------------------------------------------------------------------------------------------
-
-    def attach(self, callback: Callback) -> None:
-        """Attach one more callback, after those that are there.
-
-        Raises:
-            ConfigurationError: if it is no callback, or is attached already.
-        """
-        callback = check_callback(callback)
-        if any(callback is other for other in self.callbacks):
-            raise ConfigurationError(f"{callback!r} is attached twice. Attach it once, or make a second one.")
-        callback.attach(self)
-        self.callbacks.append(callback)
-
-    def subscribe(self, event: type[E], handler: Callable[[E], object], when: object = None) -> Subscription[E]:
-        """Call ``handler(event)`` whenever ``event`` happens and ``when`` allows; ``.cancel()`` the result to stop.
-
-        Raises:
-            HandlerError: if ``event`` is no event class, or the handler cannot take one event.
-            ConfigurationError: if ``when`` is no filter.
-        """
-        return self.dispatch.subscribe(event, handler, when)
-
-    def on(self, event: type[E], when: object = None) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
-        """Subscribe the decorated function: ``@engine.on(StepEnd, when=every(100))``."""
-
-        def decorate(handler: Callable[[E], object]) -> Callable[[E], object]:
-            self.subscribe(event, handler, when)
-            return handler
-
-        return decorate
-
-    def emit(self, event: Event) -> None:
-        """Announce an event, your own or a built-in one, to its handlers."""
-        channel = self.dispatch.channel(type(event))
-        count = getattr(self, event.counter)
-        if count >= channel.due:
-            channel.emit(event, count)
-
-    def hears(self, event: type[Event]) -> bool:
-        """Return whether the event has a handler: ask before building a costly one of your own."""
-        return bool(self.dispatch.channel(event).subscriptions)
-
-    def around(self, scope: Scope, manager: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Enter ``manager()`` around every "fit", "forward" (model and loss) or "evaluation".
-
-        Managers are entered in the order of this call and left in reverse, also on failure. FitStart and FitEnd
-        happen inside "fit".
-        """
-        if scope not in get_args(Scope):
-            raise ConfigurationError(
-                f'"{scope}" is not a scope. {did_you_mean(scope, get_args(Scope))}'
-                f"Scopes: {', '.join(get_args(Scope))}."
-            )
-        self._managers.setdefault(scope, []).append(manager)
-
-    def scope(self, scope: Scope) -> AbstractContextManager[Any]:
-        """Return the context that handlers put around ``scope``; write ``with engine.scope("forward"):``."""
-        managers = self._managers.get(scope)
-        if not managers:
-            return _NOTHING
-        return managers[0]() if len(managers) == 1 else _entered(managers)
-
-    def explain(self) -> str:
-        """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
-        around = [f"around {scope}: {len(managers)} context managers" for scope, managers in self._managers.items()]
-        return "\n".join([self.dispatch.explain(), *around])
-
     # Run control ---------------------------------------------------------------------------------------
 
     def stop(self, reason: str) -> None:
@@ -370,7 +294,7 @@ class Engine:
             logger.info("Going on, for min_epochs=%d, though asked to stop: %s", plan.min_epochs, reason)
             return
         self._stop_reason = self._stop_reason or reason
-        self.last_step = self.end_of_epoch = self.step
+        self.last_step = self._end_of_epoch = self.step
 
     def _run(self, plan: Plan) -> Generator[int, None, None]:
         """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
@@ -418,15 +342,15 @@ class Engine:
         self._step_before_epoch = self.step
         self._passed = False
         self._newest = {}
-        self._records.setdefault("train", Record(self._metrics)).reset()
+        self.stages["train"].reset()
         self.emit(EpochStart(self))
 
     def _begin_training(self, data: Data) -> None:
         plan = self._require_run("train")
         check_data("train", data)
         self.epoch_length = plan.epoch_length or num_batches(data)
-        self.end_of_epoch = min(self.last_step, self.step + (plan.epoch_length or math.inf))
-        self.stage, self._record = "train", self._records["train"]
+        self._end_of_epoch = int(min(self.last_step, self.step + (plan.epoch_length or NEVER), NEVER))
+        self.stage, self._record = "train", self.stages["train"]
         # Epochs of a set length share one pass over the data.
         if plan.epoch_length is None or self._stream is not data:
             self._stream, self._batches = data, one_pass(data)
@@ -434,7 +358,7 @@ class Engine:
     def _end_training(self, data: Data) -> None:
         if not self.epoch_step:
             raise DataError(empty_message("train", data))
-        if self.step < self.end_of_epoch < math.inf and self.end_of_epoch < self.last_step:
+        if self._require_run("train").epoch_length and not self._epoch_is_over():
             raise DataError(
                 f"Data ended after {self.epoch_step} steps of epoch {self.epoch}, "
                 f"but epoch_length={self.epoch_length}. "
@@ -442,6 +366,9 @@ class Engine:
             )
         self._passed = True
         self.update.flush()
+
+    def _epoch_is_over(self) -> bool:
+        return self.step >= self.last_step or self.epoch_step == self._require_run("train").epoch_length
 
     def _end_step(self) -> None:
         if self.step > self._ended_step:
@@ -452,7 +379,7 @@ class Engine:
     def _end_epoch(self) -> None:
         self.update.flush()
         with own_rng():
-            metrics = prefixed("train", self._records["train"].compute()) | self._newest
+            metrics = prefixed("train", self.stages["train"].compute()) | self._newest
             self.history.add_epoch(self.epoch, self.step, scalars(metrics))
             self.emit(EpochEnd(self, metrics))
         self.emit(Settled(self))
@@ -488,32 +415,6 @@ class Engine:
             error.add_note(f"While the run was ending, too: {second!r}")
 
     # What handlers ask ---------------------------------------------------------------------------------
-
-    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Add metrics, updated by `measure` and computed at the end of each stage, by name.
-
-        Raises:
-            ConfigurationError: if a name is taken or a metric is none.
-        """
-        for name, metric in as_metrics(metrics).items():
-            if name in self._metrics or name in self.recorded():
-                raise ConfigurationError(f'Two metrics are named "{name}". Give one of them another name.')
-            self._metrics[name] = metric
-
-    def recorded(self) -> tuple[str, ...]:
-        """Return the names that every stage is known to record before it runs, metrics aside."""
-        return ()
-
-    def expected(self) -> list[str]:
-        """Return the names that a run will have, such as ``val_acc``; empty where they cannot be known."""
-        names = (*self.recorded(), *self._metrics)
-        stages = ("train",) if self.validates is False else ("train", "val")
-        return [f"{stage}_{name}" for stage in stages for name in names] if self.recorded() else []
-
-    def higher_is_better(self, name: str) -> bool | None:
-        """Return whether more of a value such as ``val_acc`` is better; None where nothing says so."""
-        metric = self._metrics.get(name.partition("_")[2])
-        return None if metric is None else higher_is_better(metric)
 
     def peek(self) -> dict[str, float]:
         """Return the present stage's newest averages that have reached the host, without waiting for more."""
@@ -580,14 +481,3 @@ class Engine:
         error.add_note(f"While reading batch {position} of the {self.stage} data in epoch {self.epoch}.")
         if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
             error.add_note("A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0.")
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
-
-
-@contextmanager
-def _entered(managers: list[Callable[[], AbstractContextManager[Any]]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for manager in managers:
-            stack.enter_context(manager())
-        yield

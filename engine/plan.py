@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from .errors import ConfigurationError, whole_number
+from .when import NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Plan:
         n, unit = self.validation_interval()
         return unit == "epochs" and epoch % n == 0
 
-    def next_validation(self, step: int) -> float:
-        """Return the next step after ``step`` with a validation in mid-epoch, or infinity."""
+    def next_validation(self, step: int) -> int:
+        """Return the next step after ``step`` with a validation in mid-epoch, or `NEVER`."""
         n, unit = self.validation_interval()
-        return (step // n + 1) * n if unit == "steps" else math.inf
+        return (step // n + 1) * n if unit == "steps" else NEVER

@@ -71,7 +71,8 @@ class Trainer(Engine):
         _check_optimizer(optimizer, self)
         self.prepare_batch = prepare_batch
         self._loss_arity = _num_required(loss_fn)
-        self.add_metrics(metrics or {})
+        self.stages.directions["loss"] = False  # a trainer minimises it by definition
+        self.stages.add_metrics(metrics or {})
         self.subscribe(FitStart, self._before_training)
         for callback in callbacks:
             self.attach(callback)
@@ -112,14 +113,6 @@ class Trainer(Engine):
                 with self.scope("forward"):
                     outputs.append(tree_map(Tensor.cpu, self._call_model(self.prepare_batch(batch)[0])))
         return concatenate(outputs)
-
-    def recorded(self) -> tuple[str, ...]:
-        """Return ``("loss",)``: what every stage records besides its metrics."""
-        return ("loss",)
-
-    def higher_is_better(self, name: str) -> bool | None:
-        """Return what the metric says of itself; the loss is minimised by definition."""
-        return False if name.partition("_")[2] == "loss" else super().higher_is_better(name)
 
     def _forward(self, batch: Any) -> tuple[Any, Any, Tensor]:
         inputs, target = self.prepare_batch(batch)
@@ -169,8 +162,7 @@ class Trainer(Engine):
     def _record_step(self, output: Any, target: Any, loss: Tensor, weight: int) -> None:
         record = self._present_record()
         record.add({"loss": loss}, weight)
-        if self._metrics:
-            record.measure(output, target, weight)
+        record.measure(output, target, weight)
 
     def _before_training(self, event: FitStart) -> None:
         optimizer = self.parts["optimizer"]

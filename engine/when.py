@@ -14,7 +14,9 @@ from typing import Protocol, runtime_checkable
 
 from .errors import ConfigurationError
 
-NEVER = math.inf
+# A due count that means "not in sight". It is small enough for CPython's fast comparison of ints, which the loop
+# makes several times a step; a run that does get there only looks more often than it needs to.
+NEVER = 2**30 - 1
 
 
 @runtime_checkable
@@ -24,8 +26,8 @@ class When(Protocol):
     def __call__(self, count: int, /) -> bool:
         """Return whether the handler runs at this count."""
 
-    def next_due(self, count: int, /) -> float:
-        """Return the first count after ``count`` at which the handler may run, or infinity."""
+    def next_due(self, count: int, /) -> int:
+        """Return the first count after ``count`` at which the handler may run, or `NEVER`."""
 
 
 def _require(filter_name: str, argument: object, *, least: int) -> None:
@@ -84,7 +86,7 @@ class at:  # noqa: N801
         """Return whether ``count`` is ``n``."""
         return count == self.n
 
-    def next_due(self, count: int) -> float:
+    def next_due(self, count: int) -> int:
         """Return ``n`` if it is still to come."""
         return self.n if count < self.n else NEVER
 
@@ -128,7 +130,7 @@ class until:  # noqa: N801
         """Return whether ``count`` is at most ``n``."""
         return count <= self.n
 
-    def next_due(self, count: int) -> float:
+    def next_due(self, count: int) -> int:
         """Return the next count if it is at most ``n``."""
         return count + 1 if count < self.n else NEVER
 
