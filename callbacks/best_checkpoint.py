@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart
 from camshaft.engine.checkpoint import bare, ensure_writable, load_weights, save
 from camshaft.engine.errors import whole_number

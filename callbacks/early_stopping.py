@@ -28,11 +28,11 @@ class EarlyStopping(Callback):
 
     On resume the count and the best value are kept, and the settings are those of the new run.
 
-    >>> from camshaft.engine import Engine
+    >>> import torch
     >>> losses = iter([3.0, 2.0, 2.5, 2.2, 1.0])
     >>> engine = Engine(lambda engine, batch: {"loss": next(losses)},
     ...                 callbacks=[EarlyStopping("train_loss", mode="min", patience=2)])
-    >>> engine.fit([[0]], epochs=5).reason
+    >>> engine.fit([torch.zeros(8)], epochs=5).reason
     'EarlyStopping: train_loss has not improved for 2 checks (best 2 at epoch 2)'
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady
 from camshaft.engine.errors import whole_number
 

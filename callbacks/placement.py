@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine
 from camshaft.engine.batch import tree_map
 from camshaft.engine.errors import did_you_mean
-from torch import Tensor
 
 
 class Placement(Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+
 from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
 
 Precision = Literal["fp16", "bf16"]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from camshaft.engine import Callback, ConfigurationError, EpochEnd, FitEnd, FitStart
 from camshaft.engine.checkpoint import ensure_writable
-from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitEnd, FitStart, ValidationEnd
 from camshaft.engine.checkpoint import ensure_writable, write_durably
 from camshaft.engine.record import format_values

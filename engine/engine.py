@@ -104,8 +104,7 @@ class Engine(Announcer):
         self._stop_reason: str | None = None
         self._first_epoch = self._ended_step = self._step_before_epoch = 0
         self._passed = False  # whether this epoch's training data are through
-        self._stream: Data = ()
-        self._batches: Iterator[Any] = iter(())
+        self._stream: tuple[Data, Iterator[Any]] | None = None
         self._record: Record | None = None
         self._newest: dict[str, Any] = {}
         self._modes: dict[nn.Module, bool] = {}
@@ -160,11 +159,11 @@ class Engine(Announcer):
 
     def train(self, data: Data) -> Iterator[Any]:
         """Yield each training batch; what stands in the loop's body is the step."""
-        self._begin_training(data)
+        batches = self._begin_training(data)
         batch_ready, step_end, settled = self._batch_ready, self._step_end, self._settled
         step, reading = self.step, True
         try:
-            for batch in self._batches:
+            for batch in batches:
                 reading = False
                 self.step = step = step + 1
                 if step >= batch_ready.due:
@@ -192,6 +191,7 @@ class Engine(Announcer):
         self._end_step()
         self.num_validations += 1
         step_end = self._validation_step_end
+        step_end.rewind()  # its counter starts anew
         with self._evaluating("val") as record:
             self.emit(ValidationStart(self))
             for batch in self._evaluation_batches("val", data):
@@ -345,15 +345,17 @@ class Engine(Announcer):
         self.stages["train"].reset()
         self.emit(EpochStart(self))
 
-    def _begin_training(self, data: Data) -> None:
+    def _begin_training(self, data: Data) -> Iterator[Any]:
         plan = self._require_run("train")
         check_data("train", data)
         self.epoch_length = plan.epoch_length or num_batches(data)
         self._end_of_epoch = int(min(self.last_step, self.step + (plan.epoch_length or NEVER), NEVER))
         self.stage, self._record = "train", self.stages["train"]
-        # Epochs of a set length share one pass over the data.
-        if plan.epoch_length is None or self._stream is not data:
-            self._stream, self._batches = data, one_pass(data)
+        if plan.epoch_length is None:
+            return one_pass(data)
+        if self._stream is None or self._stream[0] is not data:  # epochs of a set length share one pass
+            self._stream = (data, one_pass(data))
+        return self._stream[1]
 
     def _end_training(self, data: Data) -> None:
         if not self.epoch_step:
@@ -377,6 +379,7 @@ class Engine(Announcer):
                 self._step_end.emit(StepEnd(self, self.batch, self.output), self.step)
 
     def _end_epoch(self) -> None:
+        self._end_step()  # open still if the user's loop was left by a break
         self.update.flush()
         with own_rng():
             metrics = prefixed("train", self.stages["train"].compute()) | self._newest
@@ -400,7 +403,7 @@ class Engine(Announcer):
         self._emit_last(FitEnd(self, reason), error)
 
     def _leave_run(self) -> None:
-        self.plan = None
+        self.plan = self._stream = None
         self.stage, self._record, self.batch, self.output = "", None, None, None
         for module, mode in self._modes.items():
             module.training = mode

@@ -24,6 +24,7 @@ class FocalLoss(nn.Module):
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5.
 
+    >>> import torch
     >>> loss = FocalLoss(alpha=0.75, gamma=2.0)
     >>> round(loss(torch.tensor([0.9, 0.1]), torch.tensor([1.0, 0.0])).item(), 4)
     0.0005
@@ -72,9 +73,10 @@ class SymmetricCrossEntropy(nn.Module):
 
     Source: Wang et al., Symmetric Cross Entropy for Robust Learning with Noisy Labels, 2019.
 
+    >>> import torch
     >>> loss = SymmetricCrossEntropy(alpha=1.0, beta=1.0)
     >>> round(loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0])).item(), 4)
-    1.2247
+    1.2248
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0) -> None:

@@ -154,13 +154,13 @@ class _Arriving:
             if isinstance(value, Tensor) and value.is_cuda:
                 pinned = torch.empty((), dtype=value.dtype, pin_memory=True)
                 value = pinned.copy_(value, non_blocking=True)
-                self._event = self._event or torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types
+                self._event = self._event or torch.cuda.Event()
             self._sums[name] = value
         if self._event is not None:
             self._event.record()
 
     def done(self) -> bool:
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]  # as above
+        return self._event is None or bool(self._event.query())
 
     def averages(self) -> dict[str, float]:
         return {name: float(value) / self._counts[name] for name, value in self._sums.items()}

@@ -67,7 +67,7 @@ class Update:
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value), loss, engine.step)
         if self.window_batches > 1 or self.window_samples is not None:
             loss = loss * self._share(engine.num_samples() if num_samples is None else num_samples)
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._batches += 1
         if self._window_is_full():
             self._apply()

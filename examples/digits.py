@@ -1,7 +1,7 @@
 """Handwritten digits: a small CNN, trained with a progress bar, early stopping and the best weights kept.
 
-    python examples/digits.py                 # scikit-learn's bundled digits, no download
-    python examples/digits.py --data mnist    # MNIST through torchvision, where it can be fetched
+    python examples/digits.py    # scikit-learn's 1,797 bundled digits, no download
+    python examples/digits.py --data mnist --batch-size 128 --lr 0.01    # MNIST through torchvision
 
 Leaves a run directory with the loss and accuracy curves, the confusion matrix, the best weights, the log, the
 settings, the history and TensorBoard events.
@@ -14,6 +14,11 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchinfo import summary
+from torchmetrics.classification import Accuracy, ConfusionMatrix
+
 from camshaft.callbacks import (
     BestCheckpoint,
     EarlyStopping,
@@ -25,10 +30,6 @@ from camshaft.callbacks import (
     TensorBoard,
 )
 from camshaft.engine import Callback, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchinfo import summary
-from torchmetrics.classification import Accuracy, ConfusionMatrix
 
 logger = logging.getLogger("digits")
 
@@ -39,8 +40,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
     parser.add_argument("--data-dir", default="data", help="where MNIST lies or is downloaded to")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--patience", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from camshaft.engine import DataError, Trainer, num_samples, prepare_batch
+from camshaft.engine.batch import concatenate, tree_map
+
+X, Y = torch.zeros(8, 3), torch.zeros(8, 1)
+Pair = namedtuple("Pair", ["inputs", "target"])
+Triple = namedtuple("Triple", ["left", "right", "label"])
+
+
+@dataclass
+class Sample:
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize(
+    "batch", [(X, Y), [X, Y], {"x": X, "y": Y}, {"label": Y, "image": X}, Pair(X, Y), Sample(X, Y)]
+)
+def test_a_batch_of_any_common_kind_splits_and_trains(batch: Any) -> None:
+    inputs, target = prepare_batch(batch)
+    assert inputs is X
+    assert target is Y
+    assert num_samples(batch) == 8
+    model = nn.Linear(3, 1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss())
+    assert trainer.fit([batch] * 3, epochs=1)["step"] == [3]
+
+
+def test_a_bare_tensor_trains_with_a_loss_of_one_argument() -> None:
+    model = nn.Linear(3, 1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), lambda output: output.square().mean())
+    assert trainer.fit([X, (X,)], epochs=1)["step"] == [2]
+
+
+def test_several_inputs_reach_the_model_by_name() -> None:
+    class Two(nn.Linear):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]  # the point
+            return super().forward(left + right)
+
+    model = Two(3, 1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss())
+    trainer.fit([{"left": X, "right": X, "labels": Y}, Triple(X, X, Y)], epochs=1)
+    assert trainer.predict([((X, X), Y)]).shape == (8, 1)
+
+
+@pytest.mark.parametrize("batch", [(X, X, Y), "text", {"label": Y}, {"x": X, "y": Y, "target": Y}, 3])
+def test_a_batch_that_does_not_tell_is_refused_with_the_way_out(batch: Any) -> None:
+    with pytest.raises(DataError, match="prepare_batch"):
+        prepare_batch(batch)
+
+
+def test_a_function_of_ones_own_splits_the_batch() -> None:
+    model = nn.Linear(3, 1)
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss(), prepare_batch=lambda batch: (batch[0], batch[2])
+    )
+    assert trainer.fit([(X, "note", Y)], epochs=1)["step"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (X, 8),
+        ([[X, X], Y], 8),
+        ([[torch.zeros(3, 5), torch.zeros(3, 7)], [{"boxes": X}, {"boxes": X}]], 2),
+        ({"x": X, "name": "a"}, 8),
+    ],
+)
+def test_the_number_of_samples_is_read_off_tensors_first(batch: Any, expected: int) -> None:
+    assert num_samples(batch) == expected
+
+
+@pytest.mark.parametrize("batch", [{"a": X, "b": torch.zeros(5)}, {"name": "x"}, 3, torch.zeros(())])
+def test_an_unclear_number_of_samples_is_never_guessed(batch: Any) -> None:
+    with pytest.raises(DataError, match="weight="):
+        num_samples(batch)
+
+
+def test_tree_map_keeps_the_kinds_of_containers() -> None:
+    moved = tree_map(lambda tensor: tensor + 1, {"p": Pair(X, [Y]), "s": Sample(X, Y), "n": 3})
+    assert isinstance(moved["p"], Pair)
+    assert isinstance(moved["s"], Sample)
+    assert moved["s"].x.sum() == 24
+    assert moved["n"] == 3
+
+
+def test_outputs_are_joined_through_containers() -> None:
+    joined = concatenate([(X, {"y": Y}), (X, {"y": Y})])
+    assert joined[0].shape == (16, 3)
+    assert joined[1]["y"].shape == (16, 1)
+    with pytest.raises(DataError, match="cannot be joined"):
+        concatenate([3, 4])

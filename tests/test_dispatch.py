@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from camshaft.engine import (
+    Callback,
+    Engine,
+    EpochEnd,
+    Event,
+    FitEnd,
+    FitStart,
+    HandlerError,
+    StepEnd,
+    ValidationEnd,
+    every,
+    until,
+)
+from camshaft.engine.events import hook_name, known_events
+
+
+def idle(engine: Engine, batch: Any) -> None:
+    """Do nothing with a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpike(Event):
+    loss: float
+
+
+def test_handlers_run_in_the_order_they_were_attached() -> None:
+    order: list[str] = []
+    engine = Engine(idle)
+    for name in "cab":
+        engine.subscribe(FitStart, lambda event, name=name: order.append(name))
+    engine.fit([1], epochs=1)
+    assert order == ["c", "a", "b"]
+
+
+def test_a_handler_added_during_a_dispatch_waits_for_the_next() -> None:
+    seen: list[int] = []
+
+    def add(event: StepEnd) -> None:
+        event.engine.subscribe(StepEnd, lambda event: seen.append(event.engine.step))
+
+    engine = Engine(idle)
+    engine.subscribe(StepEnd, add, when=until(1))
+    engine.fit([1, 2, 3], epochs=1)
+    assert seen == [2, 3]
+
+
+def test_a_cancelled_handler_never_runs_again_not_even_in_this_dispatch() -> None:
+    seen: list[int] = []
+    engine = Engine(idle)
+
+    def cancel(event: StepEnd) -> None:
+        if event.engine.step == 2:
+            later.cancel()
+
+    def note(event: StepEnd) -> None:
+        seen.append(event.engine.step)
+
+    engine.subscribe(StepEnd, cancel)
+    later = engine.subscribe(StepEnd, note)
+    engine.fit([1, 2, 3], epochs=1)
+    later.cancel()
+    assert seen == [1]
+
+
+def test_cancelling_one_filtered_handler_leaves_the_other() -> None:
+    seen: list[int] = []
+
+    def note(event: StepEnd) -> None:
+        seen.append(event.engine.step)
+
+    engine = Engine(idle)
+    first = engine.subscribe(StepEnd, note, when=every(2))
+    engine.subscribe(StepEnd, note, when=every(3))
+    first.cancel()
+    engine.fit(range(6), epochs=1)
+    assert seen == [3, 6]
+
+
+def test_an_event_that_nobody_is_due_to_hear_is_not_even_built() -> None:
+    built: list[int] = []
+    engine = Engine(idle)
+    engine.subscribe(StepEnd, lambda event: None, when=every(4))
+
+    def profile(frame: FrameType, kind: str, argument: object) -> None:
+        if kind == "call" and frame.f_code is StepEnd.__init__.__code__:
+            built.append(engine.step)
+
+    sys.setprofile(profile)
+    try:
+        engine.fit(range(9), epochs=1)
+    finally:
+        sys.setprofile(None)
+    assert built == [1, 4, 8]  # the first step finds out when the filter is due
+
+
+def test_on_is_subscribe_as_a_decorator() -> None:
+    engine = Engine(idle)
+    seen: list[int] = []
+
+    @engine.on(StepEnd, when=every(2))
+    def note(event: StepEnd) -> None:
+        seen.append(event.engine.step)
+
+    engine.fit(range(4), epochs=1)
+    assert seen == [2, 4]
+    assert callable(note)
+
+
+def test_an_event_of_ones_own_reaches_functions_and_hooks() -> None:
+    heard: list[float] = []
+
+    class Alarm(Callback):
+        def on_loss_spike(self, event: LossSpike) -> None:
+            heard.append(event.loss)
+
+    engine = Engine(lambda engine, batch: engine.emit(LossSpike(engine, batch)), callbacks=[Alarm()])
+    engine.subscribe(LossSpike, lambda event: heard.append(-event.loss))
+    assert engine.hears(LossSpike)
+    engine.fit([1.5], epochs=1)
+    assert heard == [1.5, -1.5]
+
+
+def test_hook_names_are_the_class_names_in_snake_case() -> None:
+    assert hook_name(ValidationEnd) == "on_validation_end"
+    assert known_events()["on_loss_spike"] is LossSpike
+
+
+def no_argument() -> None:
+    """Take nothing."""
+
+
+def two_arguments(event: Event, extra: int) -> None:
+    """Take too much."""
+
+
+async def asynchronous(event: Event) -> None:
+    """Would never be awaited."""
+
+
+@pytest.mark.parametrize("handler", [no_argument, two_arguments, asynchronous, Callback, "text", 3])
+def test_a_handler_that_could_not_be_called_is_refused_when_subscribed(handler: Any) -> None:
+    with pytest.raises(HandlerError, match=r"Write \"def \w+\(event: StepEnd\)\"\."):
+        Engine().subscribe(StepEnd, handler)
+
+
+@pytest.mark.parametrize("handler", [functools.partial(two_arguments, extra=1), lambda *events: None, [].append])
+def test_anything_that_takes_one_event_is_a_handler(handler: Any) -> None:
+    Engine().subscribe(StepEnd, handler)
+
+
+@pytest.mark.parametrize("event", [Event, "StepEnd", int, None])
+def test_what_is_no_event_is_refused(event: Any) -> None:
+    with pytest.raises(HandlerError, match="is not an event class"):
+        Engine().subscribe(event, lambda event: None)
+
+
+def test_stop_iteration_in_a_handler_is_an_error_like_any_other() -> None:
+    def fail(event: StepEnd) -> None:
+        next(iter(()))
+
+    engine = Engine(idle)
+    engine.subscribe(StepEnd, fail)
+    with pytest.raises((StopIteration, RuntimeError)):
+        engine.fit([1, 2], epochs=1)
+    assert engine.step == 1
+
+
+def test_explain_prints_events_in_firing_order_with_place_and_filter() -> None:
+    engine = Engine(idle)
+    engine.subscribe(FitEnd, no_op)
+    engine.subscribe(StepEnd, no_op, when=every(100))
+    engine.subscribe(StepEnd, print)
+    line = no_op.__code__.co_firstlineno
+    assert engine.explain().splitlines() == [
+        "StepEnd",
+        f"  1. no_op  every(n=100)  tests/test_dispatch.py:{line}",
+        "  2. print",
+        "FitEnd",
+        f"  1. no_op  tests/test_dispatch.py:{line}",
+    ]
+
+
+def no_op(event: Event) -> None:
+    """Hear nothing."""
+
+
+def test_a_fact_can_not_be_changed() -> None:
+    engine = Engine(idle)
+
+    def change(event: EpochEnd) -> None:
+        event.metrics = {}  # type: ignore[misc]  # the point
+
+    engine.subscribe(EpochEnd, change)
+    with pytest.raises(AttributeError):
+        engine.fit([1], epochs=1)

@@ -1,0 +1,108 @@
+"""Promises about the project itself: its floors, its imports, and what its docs say."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import camshaft.callbacks
+import camshaft.engine
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    f"{package.__name__}.{module.name}"
+    for package in (camshaft.engine, camshaft.callbacks)
+    for module in pkgutil.iter_modules(package.__path__)
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or in a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.level > 1:
+            names.add("." * node.level)
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").glob("*.py")), ids=lambda path: path.name)
+def test_the_engine_knows_no_handler(path: Path) -> None:
+    assert not [name for name in imported(path) if "callbacks" in name or "examples" in name or name.startswith("..")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.name)
+def test_a_handler_imports_only_the_floor_below(path: Path) -> None:
+    assert not [name for name in imported(path) if name.startswith(("camshaft.callbacks", "examples", ".."))]
+
+
+def test_importing_loads_no_heavy_package_and_starts_nothing() -> None:
+    code = (
+        "import sys, threading, signal\n"
+        "before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)\n"
+        "import camshaft.engine, camshaft.callbacks\n"
+        "heavy = 'torchvision torchmetrics ignite matplotlib pandas sklearn tensorboardX'.split()\n"
+        "assert not [name for name in heavy if name in sys.modules], [n for n in heavy if n in sys.modules]\n"
+        "assert threading.active_count() == 1\n"
+        "assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("package", [camshaft.engine, camshaft.callbacks])
+def test_every_exported_name_exists_and_says_what_it_is(package: object) -> None:
+    names: list[str] = package.__all__  # type: ignore[attr-defined]  # a module
+    assert len(names) == len(set(names))
+    assert not [name for name in names if not getattr(package, name).__doc__]
+
+
+def readme_blocks() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
+def test_the_code_in_the_readme_runs_and_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in readme_blocks():
+        exec(block, names)
+    out = capsys.readouterr().out
+    assert "epoch 1: loss" in out
+    assert "step 10" in out
+    (run,) = (tmp_path / "runs").iterdir()
+    left = {path.name for path in run.iterdir()}
+    assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv"} < left
+
+
+def test_the_readme_lists_the_events_in_firing_order() -> None:
+    from camshaft.engine.events import known_events
+
+    table = (ROOT / "README.md").read_text().split("## Events, in")[1].split("##")[0]
+    told = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
+    builtin = [event.__name__ for event in known_events().values() if event.__module__ == "camshaft.engine.events"]
+    assert told == builtin
+
+
+def test_the_readme_lists_every_handler() -> None:
+    table = (ROOT / "README.md").read_text().split("## Handlers")[1]
+    told = {line.split("`")[1].split("(")[0] for line in table.splitlines() if line.startswith("| `")}
+    assert told == set(camshaft.callbacks.__all__)
