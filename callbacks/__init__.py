@@ -3,13 +3,18 @@
 from .best_checkpoint import BestCheckpoint
 from .early_stopping import EarlyStopping
 from .gradients import Accumulate, ClipGradients
+from .learning_rate_finder import LearningRateFinder
 from .metrics import Metrics
+from .non_finite import StopOnNonFinite
 from .placement import Placement
 from .precision import MixedPrecision
 from .progress import ProgressBar
+from .regularization import FreezeUntil, Penalty
 from .report import Report
 from .run_directory import RunDirectory
+from .schedule import Schedule, warmup_cosine
 from .tensorboard import TensorBoard
+from .weight_average import WeightAverage
 
 __all__ = [
     "Placement",
@@ -20,6 +25,13 @@ __all__ = [
     "BestCheckpoint",
     "Accumulate",
     "ClipGradients",
+    "Schedule",
+    "warmup_cosine",
+    "WeightAverage",
+    "Penalty",
+    "FreezeUntil",
+    "StopOnNonFinite",
+    "LearningRateFinder",
     "TensorBoard",
     "RunDirectory",
     "Report",

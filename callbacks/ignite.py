@@ -9,24 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from camshaft.engine import (
-    BatchReady,
-    Callback,
-    Engine,
-    EngineStateError,
-    EpochEnd,
-    EpochStart,
-    FitEnd,
-    FitStart,
-    LossReady,
-    RunFailed,
-    Settled,
-    StepEnd,
-    Trainer,
-    ValidationEnd,
-    ValidationStart,
-    ValidationStepEnd,
-)
+from camshaft.engine import Callback, Engine, EngineStateError, Trainer, events
 from camshaft.engine.batch import tree_map
 
 if TYPE_CHECKING:
@@ -49,13 +32,14 @@ class Ignite(Callback):
     have no loop of their own: their events fire and their states change as this engine trains and validates.
     ``state.output`` is an `Output` on a `Trainer`, and what the step returned on another engine;
     ``state.metrics`` holds this engine's values, such as ``val_acc``, beside those that ignite's metrics put there.
+    Gradients are gone when a step ends: to read them, attach to the event ``"gradients_ready"`` of ``train``.
 
     A handler that calls ``train.terminate()`` stops the run after the present step. After ``val.terminate()``
     ignite's handlers hear nothing more of the present validation, which itself goes on.
 
     Attributes:
         train: an ``ignite.engine.Engine`` that follows the training.
-        val: another that follows each validation, as an evaluator of ignite's that is run on the validation data.
+        val: another that follows each validation, like an evaluator that is run on the validation data.
 
     Raises:
         EngineStateError: when ``run`` is called on either, or a handler calls ``terminate_epoch`` or ``interrupt``.
@@ -73,82 +57,100 @@ class Ignite(Callback):
 
     def __init__(self) -> None:
         self._train = _Follower(_stop_run)
-        self._val = _Follower(lambda engine: True)  # a validation cannot be cut short
+        self._val = _Follower(lambda engine: True)  # a validation cannot be cut short, but no longer heard
+        self._events = self._train.events
         self.train: IgniteEngine = self._train.engine
         self.val: IgniteEngine = self._val.engine
+        self.train.register_events("gradients_ready", event_to_attr={"gradients_ready": "iteration"})
         self._loss: Tensor | None = None
 
-    def on_fit_start(self, event: FitStart) -> None:
+    def on_fit_start(self, event: events.FitStart) -> None:
         """Fire STARTED."""
         engine = event.engine
-        length = engine.epoch_length or (engine.plan.epoch_length if engine.plan else None)
-        self._train.start(engine, engine.epoch, engine.step, engine.last_epoch, engine.last_step, length)
+        self._train.start(
+            engine,
+            epoch=engine.epoch,
+            iteration=engine.step,
+            epoch_length=(engine.plan.epoch_length if engine.plan else None) or engine.epoch_length,
+            max_epochs=None if engine.last_epoch == math.inf else int(engine.last_epoch),
+            max_iters=None if engine.last_step == math.inf else int(engine.last_step),
+        )
 
-    def on_epoch_start(self, event: EpochStart) -> None:
+    def on_epoch_start(self, event: events.EpochStart) -> None:
         """Fire EPOCH_STARTED, and GET_BATCH_STARTED for the first batch."""
         self._train.start_epoch(event.engine, event.engine.epoch)
 
-    def on_batch_ready(self, event: BatchReady) -> Any:
+    def on_batch_ready(self, event: events.BatchReady) -> Any:
         """Fire GET_BATCH_COMPLETED and ITERATION_STARTED, where a handler may replace ``state.batch``."""
         engine = event.engine
         if engine.stage == "train":
-            return self._train.start_iteration(engine, event.batch, engine.step, engine.epoch_length)
-        if engine.stage == "val":
-            return self._val.start_iteration(engine, event.batch, engine.validation_step, engine.validation_length)
-        return None
+            side, step, length = self._train, engine.step, engine.epoch_length
+        elif engine.stage == "val":
+            side, step, length = self._val, engine.validation_step, engine.validation_length
+        else:
+            return None
+        side.fire(engine, self._events.GET_BATCH_COMPLETED, batch=event.batch, output=None, epoch_length=length)
+        side.fire(engine, self._events.ITERATION_STARTED, iteration=step)  # ignite counts the step only now
+        return side.state.batch if side.listening else None
 
-    def on_loss_ready(self, event: LossReady) -> None:
+    def on_loss_ready(self, event: events.LossReady) -> None:
         """Keep the loss for `Output`."""
         self._loss = event.loss.detach()
 
-    def on_step_end(self, event: StepEnd) -> None:
-        """Fire ITERATION_COMPLETED."""
-        self._train.end_iteration(event.engine, _output(event, self._loss))
+    def on_gradients_ready(self, event: events.GradientsReady) -> None:
+        """Fire the event ``"gradients_ready"``, which ignite itself does not have."""
+        self._train.fire(event.engine, "gradients_ready")
 
-    def on_settled(self, event: Settled) -> None:
+    def on_step_end(self, event: events.StepEnd) -> None:
+        """Fire ITERATION_COMPLETED."""
+        self._train.fire(event.engine, self._events.ITERATION_COMPLETED, output=_output(event, self._loss))
+
+    def on_settled(self, event: events.Settled) -> None:
         """Fire GET_BATCH_STARTED for the next batch of the epoch."""
         engine = event.engine
         if engine.training:
             self._train.obey(engine)  # a handler of a validation in mid-epoch may have terminated the training
             if engine.epoch_step != engine.epoch_length and engine.step < engine.last_step:
-                self._train.fire(engine, "GET_BATCH_STARTED")
+                self._train.fire(engine, self._events.GET_BATCH_STARTED)
 
-    def on_validation_start(self, event: ValidationStart) -> None:
+    def on_validation_start(self, event: events.ValidationStart) -> None:
         """Fire STARTED, EPOCH_STARTED and GET_BATCH_STARTED."""
-        self._val.start(event.engine, 0, 0, 1, math.inf, event.engine.validation_length)
-        self._val.start_epoch(event.engine, 1)
-
-    def on_validation_step_end(self, event: ValidationStepEnd) -> None:
-        """Fire ITERATION_COMPLETED, and GET_BATCH_STARTED if there are more batches."""
         engine = event.engine
-        self._val.end_iteration(engine, _output(event))
-        if engine.validation_step != engine.validation_length:
-            self._val.fire(engine, "GET_BATCH_STARTED")
+        if self._train.listening:  # ignite knows no validation after terminate()
+            self._val.start(engine, epoch=0, iteration=0, epoch_length=engine.validation_length, max_epochs=1)
+            self._val.start_epoch(engine, 1)
 
-    def on_validation_end(self, event: ValidationEnd) -> None:
+    def on_validation_step_end(self, event: events.ValidationStepEnd) -> None:
+        """Fire ITERATION_COMPLETED, and GET_BATCH_STARTED for the next batch."""
+        engine = event.engine
+        self._val.fire(engine, self._events.ITERATION_COMPLETED, output=_output(event))
+        if engine.validation_step != engine.validation_length:
+            self._val.fire(engine, self._events.GET_BATCH_STARTED)
+
+    def on_validation_end(self, event: events.ValidationEnd) -> None:
         """Fire EPOCH_COMPLETED and COMPLETED."""
         self._val.end_epoch(event.engine, event.metrics)
         self._val.end()
 
-    def on_epoch_end(self, event: EpochEnd) -> None:
+    def on_epoch_end(self, event: events.EpochEnd) -> None:
         """Fire EPOCH_COMPLETED."""
         self._train.end_epoch(event.engine, event.metrics)
 
-    def on_run_failed(self, event: RunFailed) -> None:
+    def on_run_failed(self, event: events.RunFailed) -> None:
         """Fire EXCEPTION_RAISED, on ``val`` too if it was at work; the error goes on whatever handlers do."""
         self._val.fail(event.error)
         self._train.fail(event.error)
 
-    def on_fit_end(self, event: FitEnd) -> None:
+    def on_fit_end(self, event: events.FitEnd) -> None:
         """Fire COMPLETED, unless the run failed."""
         self._train.end()
 
 
 class _Follower:
-    """An engine of ignite's, its state and events driven from outside.
+    """An engine of ignite's whose state and events are driven from outside.
 
     Args:
-        end: asked when a handler has called ``terminate``; returns whether the run of this engine is over.
+        end: called when a handler has called ``terminate``; returns whether that is granted.
     """
 
     def __init__(self, end: Callable[[Engine], bool]) -> None:
@@ -156,86 +158,67 @@ class _Follower:
         from ignite.engine import Events
 
         self.engine = IgniteEngine(_refuse_to_run)
-        self._events = Events
-        self._state: Any = self.engine.state
+        self.state: Any = self.engine.state
+        self.events = Events
         self._end = end
         self._started = False  # COMPLETED is still to come
-        self._listening = False  # other events are, too
+        self.listening = False  # other events are, too; the state stands still when none are
         self._start_time = self._epoch_start_time = 0.0
 
-    def fire(self, engine: Engine, name: str) -> None:
-        if self._listening:
-            self.engine.fire_event(self._events[name])
+    def start(self, engine: Engine, **state: Any) -> None:
+        self.engine.should_terminate = self.engine.should_terminate_single_epoch = self.engine.should_interrupt = False
+        self._started = self.listening = True
+        self._start_time = time.time()
+        self.fire(engine, self.events.STARTED, **state)
+
+    def start_epoch(self, engine: Engine, epoch: int) -> None:
+        self._epoch_start_time = time.time()
+        self.fire(engine, self.events.EPOCH_STARTED, epoch=epoch)
+        self.fire(engine, self.events.GET_BATCH_STARTED)
+
+    def fire(self, engine: Engine, event: Any, **state: Any) -> None:
+        if self.listening:
+            vars(self.state).update(state)
+            self.engine._fire_event(event)  # as ignite's own loop does; fire_event() looks the name up each time
             self.obey(engine)
 
     def obey(self, engine: Engine) -> None:
         """Do what a handler asked for, as ignite's own loop does after each event."""
         if self.engine.should_interrupt or self.engine.should_terminate_single_epoch:
             raise EngineStateError(
-                "A handler of ignite's called interrupt() or terminate_epoch(), which this engine does not do. "
+                "A handler of ignite's called interrupt() or terminate_epoch(), which this engine cannot do. "
                 "Call terminate(), which ends the run."
             )
-        if self._listening and self.engine.should_terminate:
+        if self.listening and self.engine.should_terminate:
             if self._end(engine):
-                self._listening = False
-                self.engine.fire_event(self._events.TERMINATE)
+                self.listening = False
+                self.engine.fire_event(self.events.TERMINATE)
             else:
                 self.engine.should_terminate = False
 
-    def start(
-        self, engine: Engine, epoch: int, step: int, last_epoch: float, last_step: float, length: int | None
-    ) -> None:
-        state = self._state
-        state.epoch, state.iteration, state.epoch_length = epoch, step, length
-        state.max_epochs = None if last_epoch == math.inf else int(last_epoch)
-        state.max_iters = None if last_step == math.inf else int(last_step)
-        self.engine.should_terminate = self.engine.should_terminate_single_epoch = False
-        self.engine.should_interrupt = False
-        self._started = self._listening = True
-        self._start_time = time.time()
-        self.fire(engine, "STARTED")
-
-    def start_epoch(self, engine: Engine, epoch: int) -> None:
-        self._state.epoch = epoch
-        self._epoch_start_time = time.time()
-        self.fire(engine, "EPOCH_STARTED")
-        self.fire(engine, "GET_BATCH_STARTED")
-
-    def start_iteration(self, engine: Engine, batch: Any, step: int, length: int | None) -> Any:
-        state = self._state
-        state.batch, state.output, state.epoch_length = batch, None, length
-        self.fire(engine, "GET_BATCH_COMPLETED")
-        state.iteration = step  # ignite counts the step only now
-        self.fire(engine, "ITERATION_STARTED")
-        return state.batch
-
-    def end_iteration(self, engine: Engine, output: Any) -> None:
-        self._state.output = output
-        self.fire(engine, "ITERATION_COMPLETED")
-
     def end_epoch(self, engine: Engine, metrics: Mapping[str, Any]) -> None:
-        self._state.metrics.update(metrics)
-        self._state.times["EPOCH_COMPLETED"] = time.time() - self._epoch_start_time
-        self.fire(engine, "EPOCH_COMPLETED")
+        self.state.metrics.update(metrics)
+        self.state.times["EPOCH_COMPLETED"] = time.time() - self._epoch_start_time
+        self.fire(engine, self.events.EPOCH_COMPLETED)
 
     def end(self) -> None:
         if self._started and self.engine.should_terminate != "skip_completed":
-            self._state.times["COMPLETED"] = time.time() - self._start_time
-            self.engine.fire_event(self._events.COMPLETED)
-        self._started = self._listening = False
+            self.state.times["COMPLETED"] = time.time() - self._start_time
+            self.engine.fire_event(self.events.COMPLETED)
+        self._started = self.listening = False
 
     def fail(self, error: BaseException) -> None:
         if not self._started:
             return
-        self._started = self._listening = False
+        self._started = self.listening = False
         try:
-            self.engine._fire_event(self._events.EXCEPTION_RAISED, error)  # the public way passes no argument
+            self.engine._fire_event(self.events.EXCEPTION_RAISED, error)  # fire_event() cannot pass it
         except BaseException as again:
-            if again is not error:  # ignite's handlers raise it again, or ignite would swallow it
+            if again is not error:  # ignite's handlers raise it again, because ignite would swallow it
                 raise
 
 
-def _output(event: StepEnd | ValidationStepEnd, loss: Tensor | None = None) -> Any:
+def _output(event: events.StepEnd | events.ValidationStepEnd, loss: Tensor | None = None) -> Any:
     if not isinstance(event.engine, Trainer):
         return event.output
     target = event.engine.prepare_batch(event.batch)[1]
@@ -246,7 +229,7 @@ def _output(event: StepEnd | ValidationStepEnd, loss: Tensor | None = None) -> A
 
 def _stop_run(engine: Engine) -> bool:
     engine.stop("a handler of pytorch-ignite called terminate()")
-    return engine.step >= engine.last_step  # not so if the run must go on, for min_epochs
+    return engine.step >= engine.last_step  # not so where the run must go on, for min_epochs
 
 
 def _refuse_to_run(engine: Any, batch: Any) -> NoReturn:

@@ -32,6 +32,7 @@ from .events import (
 from .history import History
 from .losses import FocalLoss, SymmetricCrossEntropy
 from .order import repeat
+from .parameters import decay_groups
 from .record import AverageMeter
 from .trainer import Trainer
 from .when import after, at, every, every_seconds, until
@@ -50,6 +51,7 @@ __all__ = [
     "until",
     "every_seconds",
     "repeat",
+    "decay_groups",
     "prepare_batch",
     "num_samples",
     "Event",

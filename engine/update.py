@@ -47,6 +47,7 @@ class Update:
         self.window_batches = 1
         self.window_samples: int | None = None
         self.scaler: torch.amp.GradScaler | None = None
+        self._skips = False
         self._batches = 0  # in the open window
         self._samples = 0.0
         self._nominal = 0.0  # samples a full window would have, judged by its first batch
@@ -77,6 +78,10 @@ class Update:
         if self._batches:
             self._apply()
 
+    def skip(self) -> None:
+        """Leave out the update that is about to be made; for handlers of GradientsReady."""
+        self._skips = True
+
     def _share(self, num_samples: float) -> float:
         if not self._batches:
             self._nominal = self.window_samples or num_samples * self.window_batches
@@ -99,20 +104,25 @@ class Update:
         engine.num_updates += 1
         if engine.num_updates >= self._gradients_ready.due:
             self._gradients_ready.emit(GradientsReady(engine), engine.num_updates)
-        if scaler is None:
-            optimizer.step()
-            taken = True
-        else:
-            scale = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            taken = scaler.get_scale() >= scale  # a scale that shrank is how torch says that it skipped
-        if not taken:
+        if not self._step(optimizer):
             engine.num_updates -= 1
             engine.num_skipped_updates += 1
         elif engine.num_updates >= self._update_end.due:
             self._update_end.emit(UpdateEnd(engine), engine.num_updates)
         optimizer.zero_grad()
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Step, and return whether that was done."""
+        skips, self._skips = self._skips, False
+        if self.scaler is None:
+            if not skips:
+                optimizer.step()
+            return not skips
+        scale = self.scaler.get_scale()
+        if not skips:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return not skips and self.scaler.get_scale() >= scale  # it shrinks when torch has skipped
 
     def _rescale(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

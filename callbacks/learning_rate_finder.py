@@ -1,0 +1,119 @@
+"""Find a learning rate before the run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, Trainer
+from camshaft.engine.errors import whole_number
+from camshaft.engine.order import Data, repeat
+from camshaft.engine.rng import own_rng
+
+from .placement import Placement
+from .precision import MixedPrecision
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class LearningRateFinder:
+    """Trains a copy of the model with a learning rate that rises from step to step, and looks at the loss.
+
+    The trainer's model, optimizer, counters and random numbers are left as they are.
+
+    Args:
+        min_lr, max_lr: the range, walked through in equal factors.
+        num_steps: how many steps to take at most; the walk ends when the loss is four times its best.
+        smoothing: share of the running mean in the smoothed loss, in [0, 1).
+
+    Attributes:
+        learning_rates, losses: one value per step taken; the losses are smoothed.
+        suggestion: the learning rate at which the loss fell fastest, per factor.
+
+    Raises:
+        ConfigurationError: for a range that cannot be walked.
+
+    Source: Smith, Cyclical Learning Rates for Training Neural Networks, 2015, section 3.3.
+    """
+
+    def __init__(
+        self, min_lr: float = 1e-6, max_lr: float = 10.0, *, num_steps: int = 100, smoothing: float = 0.8
+    ) -> None:
+        if not 0 < min_lr < max_lr < math.inf:
+            raise ConfigurationError(f"The range is {min_lr} to {max_lr}. Pass 0 < min_lr < max_lr.")
+        if not 0 <= smoothing < 1:
+            raise ConfigurationError(f"smoothing is {smoothing}. Pass a number from 0 to below 1.")
+        self.min_lr = min_lr
+        self.max_lr = max_lr
+        self.num_steps = whole_number("num_steps", num_steps, least=10)
+        self.smoothing = smoothing
+        self.learning_rates: list[float] = []
+        self.losses: list[float] = []
+        self.suggestion = math.nan
+
+    def run(self, trainer: Trainer, train: Data) -> float:
+        """Walk through the range on ``train`` and return the suggestion.
+
+        Raises:
+            DataError: if the loss never fell.
+        """
+        model, optimizer, loss_fn = copy.deepcopy(
+            (trainer.model, trainer.parts["optimizer"], trainer.parts["loss_fn"])
+        )  # copied together, so that the optimizer holds the copy's parameters
+        callbacks = [
+            Placement(trainer.device),
+            *(MixedPrecision(c.precision) for c in trainer.callbacks if isinstance(c, MixedPrecision)),
+        ]
+        scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=trainer.prepare_batch)
+        self.learning_rates, self.losses = [], []
+        scout.subscribe(StepEnd, self._look)
+        with own_rng():
+            self._set_rate(scout, 0)
+            scout.fit(repeat(train), epochs=1, epoch_length=self.num_steps)
+        self.suggestion = self._steepest()
+        return self.suggestion
+
+    def plot(self) -> Figure:
+        """Draw the loss over the learning rate, with the suggestion marked."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.plot(self.learning_rates, self.losses)
+        axes.axvline(self.suggestion, color="tab:orange", linestyle="--", label=f"suggestion {self.suggestion:.2g}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="smoothed loss", title="learning rate finder")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+    def _look(self, event: StepEnd) -> None:
+        scout = event.engine
+        loss = float(scout.stages["train"].meters["loss"].val)
+        if self.losses:
+            loss = self.smoothing * self.losses[-1] + (1 - self.smoothing) * loss
+        self.learning_rates.append(self._rate(scout.step - 1))
+        self.losses.append(loss)
+        if not loss <= 4 * min(self.losses):  # also when it is NaN
+            scout.stop("the loss has grown out of hand")
+        self._set_rate(scout, scout.step)
+
+    def _rate(self, step: int) -> float:
+        return self.min_lr * math.pow(self.max_lr / self.min_lr, step / (self.num_steps - 1))
+
+    def _set_rate(self, scout: Engine, step: int) -> None:
+        for group in scout.parts["optimizer"].param_groups:
+            group["lr"] = self._rate(step)
+
+    def _steepest(self) -> float:
+        falls = [before - after for before, after in pairwise(self.losses) if math.isfinite(after)]
+        if not falls or max(falls) <= 0:
+            raise DataError(
+                f"The loss never fell between learning rates {self.min_lr:g} and {self.learning_rates[-1]:g}. "
+                "Pass another range, or look at the model and the data."
+            )
+        return self.learning_rates[falls.index(max(falls))]

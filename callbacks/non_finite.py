@@ -1,0 +1,80 @@
+"""Losses that are NaN or infinite."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from camshaft.engine import Callback, DataError, Engine, EpochEnd, GradientsReady, LossReady, StepEnd, every
+from camshaft.engine.errors import ConfigurationError, whole_number
+
+
+class StopOnNonFinite(Callback):
+    """Notices a loss that is NaN or infinite.
+
+    Each loss is checked on the device, into a flag there. "raise" and "stop" read the flag every ``every_steps``
+    and at the end of the epoch, so that no step waits for the device. "skip" has to know before each update, and
+    reads it there: one wait per update; the update is left out, as if the batch had not been.
+
+    Args:
+        policy: "raise" ends the run with an error, "stop" ends it with a reason, "skip" leaves updates out.
+        every_steps: how often the flag is read.
+
+    Raises:
+        DataError: in a run, under "raise", naming the steps between which it happened.
+        ConfigurationError: for settings that cannot work.
+    """
+
+    def __init__(self, policy: Literal["raise", "stop", "skip"] = "raise", *, every_steps: int = 50) -> None:
+        if policy not in ("raise", "stop", "skip"):
+            raise ConfigurationError(f'StopOnNonFinite does not know {policy!r}. Write "raise", "stop" or "skip".')
+        self.policy = policy
+        self.every_steps = whole_number("StopOnNonFinite's every_steps", every_steps, least=1)
+        self._flag: Tensor | None = None
+        self._read_at = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Look at each loss; read what was seen at its time."""
+        super().attach(engine)
+        if self.policy == "skip":
+            engine.subscribe(GradientsReady, self._skip)
+        else:
+            engine.subscribe(StepEnd, self._read, when=every(self.every_steps))
+            engine.subscribe(EpochEnd, self._read)
+
+    def on_loss_ready(self, event: LossReady) -> None:
+        """Raise the flag on the device if the loss is not finite."""
+        seen = ~torch.isfinite(event.loss.detach())
+        self._flag = seen if self._flag is None else self._flag | seen
+
+    def _read(self, event: StepEnd | EpochEnd) -> None:
+        since, self._read_at = self._read_at + 1, event.engine.step
+        flag, self._flag = self._flag, None
+        if flag is None or not flag.any():
+            return
+        place = f"between steps {since} and {event.engine.step}"
+        if self.policy == "stop":
+            event.engine.stop(f"StopOnNonFinite: the loss was NaN or infinite {place}")
+            return
+        raise DataError(
+            f"The loss was NaN or infinite {place}. Lower the learning rate, clip the gradients, or look at the data; "
+            'StopOnNonFinite("skip") leaves such updates out.'
+        )
+
+    def _skip(self, event: GradientsReady) -> None:
+        flag, self._flag = self._flag, None
+        if flag is not None and flag.any():
+            event.engine.update.skip()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step at which the flag was read."""
+        return {"read_at": self._read_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._read_at = state["read_at"]
+
+    def __repr__(self) -> str:
+        return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"

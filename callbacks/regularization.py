@@ -1,0 +1,101 @@
+"""What keeps weights small, or still."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochStart, FitStart, LossReady
+from camshaft.engine.errors import whole_number
+from camshaft.engine.parameters import Selection, is_weight, select_parameters
+
+
+class Penalty(Callback):
+    """Adds ``l1 * sum(abs(w)) + l2 * 0.5 * sum(w ** 2)`` to the loss that is differentiated.
+
+    The recorded ``train_loss`` is without it, so that it compares with ``val_loss``.
+
+    Args:
+        l1, l2: the factors; at least 0, and one of them above.
+        parameters: names, patterns such as ``"encoder.*"``, or a function ``(name, parameter) -> bool``; by default
+            all but biases and normalisation layers.
+
+    Raises:
+        ConfigurationError: for factors that cannot work; at attachment for a name that matches no parameter.
+    """
+
+    def __init__(self, *, l1: float = 0.0, l2: float = 0.0, parameters: Selection = is_weight) -> None:
+        if not (l1 >= 0 and l2 >= 0 and l1 + l2 > 0):
+            raise ConfigurationError(
+                f"Penalty got l1={l1} and l2={l2}. Pass numbers of at least 0, one of them above."
+            )
+        self.l1 = l1
+        self.l2 = l2
+        self._which = parameters
+        self._weights: list[nn.Parameter] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Choose the parameters."""
+        super().attach(engine)
+        self._weights = list(select_parameters(_model(engine, "Penalty"), self._which).values())
+
+    def on_loss_ready(self, event: LossReady) -> Tensor:
+        """Return the loss with the penalty."""
+        loss = event.loss
+        for weight in self._weights:
+            if self.l1:
+                loss = loss + self.l1 * weight.abs().sum()
+            if self.l2:
+                loss = loss + self.l2 * 0.5 * weight.square().sum()
+        return loss
+
+    def __repr__(self) -> str:
+        return f"Penalty(l1={self.l1}, l2={self.l2})"
+
+
+class FreezeUntil(Callback):
+    """Keeps parameters still until an epoch begins; then they learn with the rest.
+
+    They must be in the optimizer from the start: an optimizer skips what has no gradient.
+
+    Args:
+        epoch: the first epoch in which they learn; at least 2.
+        parameters: names, patterns such as ``"backbone.*"``, or a function ``(name, parameter) -> bool``.
+
+    Raises:
+        ConfigurationError: for an epoch that cannot be; at attachment for a name that matches no parameter.
+    """
+
+    def __init__(self, epoch: int, parameters: Selection) -> None:
+        self.epoch = whole_number("FreezeUntil's epoch", epoch, least=2)
+        self._which = parameters
+        self._chosen: dict[str, nn.Parameter] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Choose the parameters."""
+        super().attach(engine)
+        self._chosen = select_parameters(_model(engine, "FreezeUntil"), self._which)
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Freeze, unless the run goes on behind the epoch."""
+        self._set(learns=event.engine.epoch + 1 >= self.epoch)
+
+    def on_epoch_start(self, event: EpochStart) -> None:
+        """Thaw when the epoch has come."""
+        if event.engine.epoch == self.epoch:
+            self._set(learns=True)
+
+    def _set(self, *, learns: bool) -> None:
+        for parameter in self._chosen.values():
+            parameter.requires_grad_(learns)
+
+    def __repr__(self) -> str:
+        return f"FreezeUntil({self.epoch}, {len(self._chosen)} parameters)"
+
+
+def _model(engine: Engine, owner: str) -> nn.Module:
+    model: Any = engine.modules().get("model")
+    if model is None:
+        raise ConfigurationError(f"{owner} needs the model. Write Engine(step, model=model, ...).")
+    return model  # type: ignore[no-any-return]  # modules() holds modules
