@@ -11,6 +11,7 @@ from .precision import MixedPrecision
 from .progress import ProgressBar
 from .regularization import FreezeUntil, Penalty
 from .report import Report
+from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
 from .schedule import Schedule, warmup_cosine
 from .tensorboard import TensorBoard
@@ -23,6 +24,7 @@ __all__ = [
     "ProgressBar",
     "EarlyStopping",
     "BestCheckpoint",
+    "RunCheckpoint",
     "Accumulate",
     "ClipGradients",
     "Schedule",

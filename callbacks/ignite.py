@@ -83,13 +83,14 @@ class Ignite(Callback):
     def on_batch_ready(self, event: events.BatchReady) -> Any:
         """Fire GET_BATCH_COMPLETED and ITERATION_STARTED, where a handler may replace ``state.batch``."""
         engine = event.engine
-        if engine.stage == "train":
-            side, step, length = self._train, engine.step, engine.epoch_length
+        if engine.stage == "train":  # a resumed run knows its place by its first batch only
+            side, step, place = self._train, engine.step, {"epoch": engine.epoch, "epoch_length": engine.epoch_length}
         elif engine.stage == "val":
-            side, step, length = self._val, engine.validation_step, engine.validation_length
+            side, step, place = self._val, engine.validation_step, {"epoch_length": engine.validation_length}
         else:
             return None
-        side.fire(engine, self._events.GET_BATCH_COMPLETED, batch=event.batch, output=None, epoch_length=length)
+        place["iteration"] = step - 1
+        side.fire(engine, self._events.GET_BATCH_COMPLETED, batch=event.batch, output=None, **place)
         side.fire(engine, self._events.ITERATION_STARTED, iteration=step)  # ignite counts the step only now
         return side.state.batch if side.listening else None
 
@@ -168,7 +169,7 @@ class _Follower:
     def start(self, engine: Engine, **state: Any) -> None:
         self.engine.should_terminate = self.engine.should_terminate_single_epoch = self.engine.should_interrupt = False
         self._started = self.listening = True
-        self._start_time = time.time()
+        self._start_time = self._epoch_start_time = time.time()
         self.fire(engine, self.events.STARTED, **state)
 
     def start_epoch(self, engine: Engine, epoch: int) -> None:

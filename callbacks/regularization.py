@@ -78,13 +78,20 @@ class FreezeUntil(Callback):
         self._chosen = select_parameters(_model(engine, "FreezeUntil"), self._which)
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Freeze, unless the run goes on behind the epoch."""
-        self._set(learns=event.engine.epoch + 1 >= self.epoch)
+        """Freeze, unless the run goes on in the epoch or behind it."""
+        self._set(learns=event.engine.epoch >= self.epoch)
 
     def on_epoch_start(self, event: EpochStart) -> None:
         """Thaw when the epoch has come."""
-        if event.engine.epoch == self.epoch:
-            self._set(learns=True)
+        self._set(learns=event.engine.epoch >= self.epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether they learn."""
+        return {"learns": any(parameter.requires_grad for parameter in self._chosen.values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set whether they learn: a run resumed in mid-epoch hears no EpochStart."""
+        self._set(learns=state["learns"])
 
     def _set(self, *, learns: bool) -> None:
         for parameter in self._chosen.values():

@@ -69,7 +69,7 @@ class WeightAverage(Callback):
         engine.around("evaluation", lambda: self._swapped(engine))
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Make the average, a copy of the model on the model's device."""
+        """Make the average, a copy of the model where it is by now; a resumed run loads it afterwards."""
         parts = event.engine.parts
         if "weight_average" not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()

@@ -1,34 +1,50 @@
-"""Files that are never half there, and the weights of the bare model."""
+"""Files that are never half there, a directory of them of which one is always good, and bare weights."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
-from collections.abc import Callable
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigurationError
 
+logger = logging.getLogger("camshaft")
 
-def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that after a crash at any moment ``path`` holds the old content or the new, whole.
+
+def write_durably(
+    path: Path, write: Callable[[BinaryIO], object], *, final: Callable[[str], Path] | None = None
+) -> Path:
+    """Write a file so that after a crash at any moment its name holds the old content or the new, whole.
 
     A temporary file in the same directory is written, flushed and synced; it then takes the name in one
     step, and the directory is synced.
 
+    Args:
+        path: the name, or what the temporary file's name is made of if ``final`` tells the name.
+        write: writes the content into an open file.
+        final: the name, given the SHA-256 of the content.
+
     Raises:
-        OSError: if the disk is full or the directory cannot be written; ``path`` is as it was.
+        OSError: if the disk is full or the directory cannot be written; what was there is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            hashing = _HashingFile(file)
+            write(cast("BinaryIO", hashing))
             file.flush()
             os.fsync(file.fileno())
+        path = path if final is None else final(hashing.digest.hexdigest())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -37,6 +53,22 @@ def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise error.__context__ from None  # torch.save hides a full disk behind an internal error
         raise
     sync_directory(path.parent)
+    return path
+
+
+class _HashingFile:
+    """A file that is only written to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def sync_directory(directory: Path) -> None:
@@ -60,21 +92,27 @@ def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None
         CheckpointError: naming the first five differences, if the weights are of another architecture.
     """
     target = bare(model)
-    own = target.state_dict()
-    differences = [f"{name} is missing" for name in own if name not in weights]
-    differences += [f"{name} is unknown to the model" for name in weights if name not in own]
-    differences += [
-        f"{name} has shape {list(value.shape)}, the model's has {list(own[name].shape)}"
-        for name, value in weights.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if differences:
+    if differences := weight_differences(target, weights):
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
             f"{source} is of another architecture: {'; '.join(differences[:5])}{more}. "
             "Build the model as it was when the file was written; nothing was loaded."
         )
     target.load_state_dict(weights)
+
+
+def weight_differences(model: nn.Module, weights: dict[str, Any]) -> list[str]:
+    """Return, in words, where a state dict differs from the model's in names or shapes."""
+    own = model.state_dict()
+    differences = [f"{name} is missing" for name in own if name not in weights]
+    differences += [f"{name} is unknown to the model" for name in weights if name not in own]
+    shared = {name: value for name, value in weights.items() if isinstance(own.get(name), Tensor)}
+    differences += [
+        f"{name} has shape {list(value.shape)}, the model's has {list(own[name].shape)}"
+        for name, value in shared.items()
+        if value.shape != own[name].shape
+    ]
+    return differences
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -103,3 +141,143 @@ def ensure_writable(directory: Path, owner: str) -> None:
         raise ConfigurationError(
             f"{owner} cannot write in {directory}: {error.strerror}. Pass a directory that can be written."
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """One run checkpoint: its number tells which is newer, and its name holds the digest of its content."""
+
+    path: Path
+    number: int
+    step: int
+    digest: str
+
+
+class CheckpointDirectory:
+    """The run checkpoints in a directory.
+
+    A file's name is ``run-<number>-step-<step>-<first half of its SHA-256>.pt``. It takes that name only when it is
+    whole and on the disk, so the directory's listing is all there is to keep in step.
+    """
+
+    _NAME = re.compile(r"run-(\d{6})-step-(\d+)-([0-9a-f]{32})\.pt")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def files(self) -> list[CheckpointFile]:
+        """Return the checkpoints, newest first."""
+        matches = [self._NAME.fullmatch(name) for name in (os.listdir(self.path) if self.path.is_dir() else ())]
+        found = [CheckpointFile(self.path / m[0], int(m[1]), int(m[2]), m[3]) for m in matches if m]
+        return sorted(found, key=lambda file: file.number, reverse=True)
+
+    def save(self, state: dict[str, Any], step: int) -> CheckpointFile:
+        """Write one more.
+
+        Raises:
+            OSError: if that fails; the others are as they were.
+        """
+        number = max((file.number for file in self.files()), default=0) + 1
+        stem = f"run-{number:06d}-step-{step}"
+        path = write_durably(
+            self.path / stem,
+            lambda file: torch.save(state, file),
+            final=lambda digest: self.path / f"{stem}-{digest[:32]}.pt",
+        )
+        return CheckpointFile(path, number, step, path.stem[-32:])
+
+    def load_newest(self) -> tuple[dict[str, Any], Path] | None:
+        """Return the newest checkpoint that is whole, and its path; None if there is none at all.
+
+        A damaged one is put aside with a warning that says why, and the one before it is used.
+
+        Raises:
+            CheckpointError: if there are checkpoints, but every one is damaged.
+        """
+        damaged: list[str] = []
+        for file in self.files():
+            try:
+                state = load_verified(file.path)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                logger.warning("%s The one before it is used.", error)
+                file.path.rename(file.path.with_suffix(".damaged"))
+            else:
+                return state, file.path
+        if damaged:
+            raise CheckpointError(
+                f"Every checkpoint in {self.path} is damaged: {' '.join(damaged)} "
+                "Start afresh without resume, in another directory."
+            )
+        return None
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind."""
+        for temporary in self.path.glob(".run-*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+    def prune(self, keep: int, keep_every: int | None) -> None:
+        """Remove all but the newest ``keep``, and of the others every ``keep_every``-th."""
+        for file in self.files()[keep:]:
+            if keep_every is None or file.number % keep_every:
+                file.path.unlink(missing_ok=True)
+
+
+def load_verified(path: Path) -> dict[str, Any]:
+    """Load a run checkpoint after its digest has been checked against its name.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    match = CheckpointDirectory._NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(
+            f"{path} is not named as a run checkpoint. "
+            "Pass the directory, or a file run-<number>-step-<step>-<digest>.pt."
+        )
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Pass a file that can.") from error
+    if digest[:32] != match[3]:
+        raise CheckpointError(
+            f"{path} is damaged: the SHA-256 of its {path.stat().st_size} bytes begins with {digest[:32]}, "
+            f"and its name says {match[3]}. Use another checkpoint."
+        )
+    try:
+        return cast("dict[str, Any]", torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # torch raises at least four kinds
+        raise CheckpointError(f"{path} is whole but cannot be loaded: {error}. Use another checkpoint.") from error
+
+
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Refuse what ``torch.load(weights_only=True)`` would not load, by the name of its key.
+
+    Raises:
+        CheckpointError: naming the key, the value's type and what to keep instead.
+
+    >>> check_plain({"a": [1, torch.zeros(2)]}, "state")
+    """
+    for key, item in _leaves(value, name):
+        if type(item) not in _PLAIN and not isinstance(item, Tensor):
+            raise CheckpointError(
+                f"{key} is of type {type(item).__module__}.{type(item).__qualname__}, which cannot be loaded safely. "
+                "Keep tensors, numbers, strings, lists and dicts in states: float(x) for a NumPy number."
+            )
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if type(value) in (dict, OrderedDict, Counter):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}[{key!r}]")
+            if type(key) not in _PLAIN:
+                yield f"a key of {name}", key
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{name}[{number}]")
+    else:
+        yield name, value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .announcer import Announcer
 from .batch import num_samples
 from .callback import Callback
+from .checkpoint import CheckpointDirectory
 from .errors import ConfigurationError, DataError, EngineStateError, whole_number
 from .events import (
     BatchReady,
@@ -34,11 +36,13 @@ from .events import (
     ValidationStepEnd,
 )
 from .history import History
-from .order import Data, check_data, empty_message, num_batches, one_pass
+from .order import Data, Pass, SeededLoader, check_data, empty_message, num_batches, one_pass
 from .plan import Plan
 from .record import Record, prefixed, scalars
 from .rng import own_rng, seed_everything
+from .signals import handled_signals
 from .stages import Stages
+from .state import find, load_run_state
 from .update import Update
 from .when import NEVER
 
@@ -101,12 +105,19 @@ class Engine(Announcer):
         self.validation_length: int | None = None
         self.last_epoch = self.last_step = math.inf
         self._end_of_epoch = NEVER
-        self._stop_reason: str | None = None
-        self._first_epoch = self._ended_step = self._step_before_epoch = 0
+        self.stop_reason: str | None = None
+        self.first_epoch = self.first_step = self.step_before_epoch = self.validated_step = 0
+        self.epoch_is_open = False
+        self.interrupted: signal.Signals | None = None
+        self.resumes = False  # whether this run was asked to resume
+        self.checkpoints: CheckpointDirectory | None = None
+        self._ended_step = 0
         self._passed = False  # whether this epoch's training data are through
-        self._stream: tuple[Data, Iterator[Any]] | None = None
+        self._pass: Pass | None = None
+        self._resumed_data: dict[str, Any] | None = None
+        self._seeded: SeededLoader | None = None
         self._record: Record | None = None
-        self._newest: dict[str, Any] = {}
+        self.newest: dict[str, Any] = {}
         self._modes: dict[nn.Module, bool] = {}
         self._batch_ready = self.dispatch.channel(BatchReady)
         self._step_end = self.dispatch.channel(StepEnd)
@@ -128,19 +139,32 @@ class Engine(Announcer):
         min_epochs: int = 0,
         epoch_length: int | None = None,
         validate_every: int | str | None = None,
+        resume: str | Path | None = None,
     ) -> History:
-        """Train on ``train``, validate on ``val``, and return the history. Arguments are those of `Plan`.
+        """Train on ``train``, validate on ``val``, and return the history.
 
-        A second call goes on from where the first stopped, with the counters running on.
+        How far a run goes (``epochs``, ``max_steps``, ``min_epochs``, ``epoch_length``) and when it validates
+        (``validate_every``) is described at `Plan`; for a resumed run, ``epochs`` and ``max_steps`` count from where
+        the run that is resumed began.
+
+        A second call goes on from where the first stopped, with the counters running on. A signal (SIGTERM, SIGUSR1,
+        Ctrl-C) ends the run behind the present step; ``history.exit_code`` tells.
+
+        ``train`` and ``val`` are iterables of batches, or functions that return one. ``resume`` is "auto" for the
+        newest checkpoint of the attached `RunCheckpoint`, or a fresh start if there is none; or the path of a
+        checkpoint, or of a directory of them.
 
         Raises:
-            ConfigurationError, DataError: for what cannot work, before the first step where it can be known.
+            ConfigurationError, DataError, CheckpointError: for what cannot work, before the first step where it can
+                be known.
         """
         plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every)
         self._expect(train, val)
-        loop, step = self._run(plan), self.training_step
+        loop, step = self._run(plan, resume), self.training_step
         try:
             for _ in loop:
+                if self._validation_was_cut_short(plan):
+                    self._validate(val)
                 next_validation = plan.next_validation(self.step)
                 for batch in self.train(train):
                     step(batch)
@@ -153,9 +177,16 @@ class Engine(Announcer):
             loop.throw(error)  # the run ends inside, where RunFailed and FitEnd are fired; it raises the same
         return self.history
 
-    def epochs(self, epochs: int | None = None, *, max_steps: int | None = None, min_epochs: int = 0) -> Iterator[int]:
+    def epochs(
+        self,
+        epochs: int | None = None,
+        *,
+        max_steps: int | None = None,
+        min_epochs: int = 0,
+        resume: str | Path | None = None,
+    ) -> Iterator[int]:
         """Run epochs in your own loop: ``for epoch in engine.epochs(20): ...``; yields the epoch's number."""
-        return self._run(Plan(epochs, max_steps, min_epochs))
+        return self._run(Plan(epochs, max_steps, min_epochs), resume)
 
     def train(self, data: Data) -> Iterator[Any]:
         """Yield each training batch; what stands in the loop's body is the step."""
@@ -198,8 +229,12 @@ class Engine(Announcer):
                 yield batch
                 if self.validation_step >= step_end.due:
                     step_end.emit(ValidationStepEnd(self, batch, self.output), self.validation_step)
+                if self.interrupted:
+                    self.num_validations -= 1  # it will be made anew when the run is resumed
+                    return
+            self.validated_step = self.step
             metrics = prefixed("val", record.compute())
-            self._newest.update(metrics)
+            self.newest.update(metrics)
             self.history.add_validation(self.epoch, self.step, scalars(metrics))
             self.emit(ValidationEnd(self, metrics))
 
@@ -235,7 +270,7 @@ class Engine(Announcer):
     @property
     def epoch_step(self) -> int:
         """The number of the present step within its epoch."""
-        return self.step - self._step_before_epoch
+        return self.step - self.step_before_epoch
 
     @property
     def training(self) -> bool:
@@ -290,25 +325,35 @@ class Engine(Announcer):
         Before ``min_epochs`` are done it does not count. The other handlers of the present event still run.
         """
         plan = self._require_run("stop")
-        if self.epoch - self._first_epoch - (not self._passed) < plan.min_epochs:
+        if self.epoch - self.first_epoch - (not self._passed) < plan.min_epochs:
             logger.info("Going on, for min_epochs=%d, though asked to stop: %s", plan.min_epochs, reason)
             return
-        self._stop_reason = self._stop_reason or reason
+        self.stop_reason = self.stop_reason or reason
         self.last_step = self._end_of_epoch = self.step
 
-    def _run(self, plan: Plan) -> Generator[int, None, None]:
+    def interrupt(self, signal: signal.Signals) -> None:
+        """End the run behind this step without ending the epoch, so that a checkpoint can take it up again."""
+        self.interrupted = signal
+        self._end_of_epoch = 0
+
+    def _run(self, plan: Plan, resume: str | Path | None = None) -> Generator[int, None, None]:
         """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
         if self.plan is not None:
             raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
         self._begin_run(plan)
+        self.resumes = resume is not None
         try:
-            with self.scope("fit"):
+            with self.scope("fit"), handled_signals(self.interrupt):
                 try:
                     self.emit(FitStart(self))
-                    while self.epoch < self.last_epoch and self.step < self.last_step:
-                        self._begin_epoch()
+                    self._resume(plan, resume)
+                    while not self.is_over():
+                        if not self.epoch_is_open:
+                            self._begin_epoch()
                         yield self.epoch
                         self._end_epoch()
+                    if self.interrupted:
+                        self.emit(Settled(self))  # once more: the signal may have come behind the last one
                 except BaseException as error:
                     self._announce_end(error)
                     raise
@@ -322,10 +367,10 @@ class Engine(Announcer):
         elif self.seed is not None:
             seed_everything(self.seed)
         self.num_fits += 1
-        self._first_epoch = self.epoch
-        self.last_epoch = self.epoch + plan.epochs if plan.epochs is not None else math.inf
-        self.last_step = self.step + plan.max_steps if plan.max_steps is not None else math.inf
-        self._stop_reason = None
+        self.first_epoch, self.first_step = self.epoch, self.step
+        self.epoch_is_open = False
+        self.stop_reason = self.interrupted = None
+        self._set_goal(plan)
         self.dispatch.rewind()
         self._begin_modes()
         self.plan = plan
@@ -337,11 +382,44 @@ class Engine(Announcer):
             logger.info("The model was in eval mode: set to training for the run.")
             model.train()
 
+    def _set_goal(self, plan: Plan) -> None:
+        self.last_epoch = math.inf if plan.epochs is None else self.first_epoch + plan.epochs
+        self.last_step = math.inf if plan.max_steps is None else self.first_step + plan.max_steps
+        if self.stop_reason is not None:
+            self.last_step = self.step
+
+    def is_over(self) -> bool:
+        """Return whether nothing is left to do: the goal is reached, or a signal has come."""
+        return bool(self.interrupted) or not (self.epoch_is_open or self._goes_on())
+
+    def _goes_on(self) -> bool:
+        return self.epoch < self.last_epoch and self.step < self.last_step
+
+    def _resume(self, plan: Plan, resume: str | Path | None) -> None:
+        if resume is None:
+            return
+        if (found := find(self, resume)) is None:
+            logger.info("No checkpoint yet: a fresh start.")
+            return
+        state, source = found
+        load_run_state(self, state, source)
+        self._resumed_data = state["data"]
+        self._ended_step = self.step
+        if plan.reaches_further(**state["plan"]):
+            self.stop_reason = None
+        self._set_goal(plan)
+        self.dispatch.rewind()
+        if not self.epoch_is_open and not self._goes_on():
+            logger.info(
+                "The run is finished (%s). Pass more epochs or steps to go on.", self.stop_reason or "its goal"
+            )
+
     def _begin_epoch(self) -> None:
         self.epoch += 1
-        self._step_before_epoch = self.step
+        self.epoch_is_open = True
+        self.step_before_epoch = self.step
         self._passed = False
-        self._newest = {}
+        self.newest = {}
         self.stages["train"].reset()
         self.emit(EpochStart(self))
 
@@ -349,18 +427,28 @@ class Engine(Announcer):
         plan = self._require_run("train")
         check_data("train", data)
         self.epoch_length = plan.epoch_length or num_batches(data)
-        self._end_of_epoch = int(min(self.last_step, self.step + (plan.epoch_length or NEVER), NEVER))
+        end = min(self.last_step, self.step_before_epoch + (plan.epoch_length or NEVER), NEVER)
+        self._end_of_epoch = 0 if self.interrupted else int(end)
         self.stage, self._record = "train", self.stages["train"]
-        if plan.epoch_length is None:
-            return one_pass(data)
-        if self._stream is None or self._stream[0] is not data:  # epochs of a set length share one pass
-            self._stream = (data, one_pass(data))
-        return self._stream[1]
+        if self.epoch_step and self.step >= self.last_step:  # resumed behind the last step, with the epoch's end still to come
+            return iter(())
+        seeded = self.seeded_view(data)
+        if self._resumed_data is not None:
+            self._pass = Pass.resume(data, self._resumed_data, seeded=seeded, step=self.step)
+            self._resumed_data = None
+        elif plan.epoch_length is None or self._pass is None or self._pass.data is not data:
+            # Only epochs of a set length share one pass.
+            self._pass = Pass(data, seeded=seeded, epoch=self.epoch, step=self.step)
+        return self._pass.iterator
 
     def _end_training(self, data: Data) -> None:
+        if self.interrupted:
+            return
         if not self.epoch_step:
             raise DataError(empty_message("train", data))
-        if self._require_run("train").epoch_length and not self._epoch_is_over():
+        if self._require_run("train").epoch_length is None:
+            self._pass = None
+        elif not self._epoch_is_over():
             raise DataError(
                 f"Data ended after {self.epoch_step} steps of epoch {self.epoch}, "
                 f"but epoch_length={self.epoch_length}. "
@@ -370,7 +458,8 @@ class Engine(Announcer):
         self.update.flush()
 
     def _epoch_is_over(self) -> bool:
-        return self.step >= self.last_step or self.epoch_step == self._require_run("train").epoch_length
+        length = self._require_run("train").epoch_length
+        return bool(self.interrupted) or self.step >= self.last_step or self.epoch_step == length
 
     def _end_step(self) -> None:
         if self.step > self._ended_step:
@@ -380,17 +469,25 @@ class Engine(Announcer):
 
     def _end_epoch(self) -> None:
         self._end_step()  # open still if the user's loop was left by a break
+        if self.interrupted:
+            return
         self.update.flush()
         with own_rng():
-            metrics = prefixed("train", self.stages["train"].compute()) | self._newest
+            metrics = prefixed("train", self.stages["train"].compute()) | self.newest
             self.history.add_epoch(self.epoch, self.step, scalars(metrics))
             self.emit(EpochEnd(self, metrics))
+        self.epoch_is_open = False
         self.emit(Settled(self))
 
     def _announce_end(self, error: BaseException | None = None) -> None:
         plan = self._require_run("fit")
-        reason = self._stop_reason or (
-            f"max_steps={plan.max_steps} reached" if self.epoch < self.last_epoch else f"{plan.epochs} epochs done"
+        reason = self.interrupted and f"interrupted by {self.interrupted.name}"
+        reason = (
+            reason
+            or self.stop_reason
+            or (
+                f"max_steps={plan.max_steps} reached" if self.epoch < self.last_epoch else f"{plan.epochs} epochs done"
+            )
         )
         if isinstance(error, GeneratorExit):
             reason = f"the loop was left in epoch {self.epoch}"
@@ -398,12 +495,13 @@ class Engine(Announcer):
             reason = f"failed with {type(error).__name__}: {error}"
             error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
         self.history.reason = reason
+        self.history.interrupted = self.interrupted
         if error is not None and not isinstance(error, GeneratorExit):
             self._emit_last(RunFailed(self, error), error)
         self._emit_last(FitEnd(self, reason), error)
 
     def _leave_run(self) -> None:
-        self.plan = self._stream = None
+        self.plan = self._pass = None
         self.stage, self._record, self.batch, self.output = "", None, None, None
         for module, mode in self._modes.items():
             module.training = mode
@@ -451,9 +549,25 @@ class Engine(Announcer):
         self.validates = val is not None
 
     def _validate(self, val: Data | None) -> None:
-        if val is not None:
+        if val is not None and not self.interrupted:
             for batch in self.validate(val):
                 self.evaluation_step(batch)
+
+    def _validation_was_cut_short(self, plan: Plan) -> bool:
+        """Return whether the run was interrupted in a validation in mid-epoch, and has just been resumed."""
+        return self.step > self.validated_step and self.epoch_step > 0 and plan.validates_after_step(self.step)
+
+    def seeded_view(self, data: Data) -> SeededLoader | None:
+        """Return the view of a loader whose order depends on the seed alone; None without a seed or positions."""
+        if self.seed is None or not SeededLoader.fits(data):
+            return None
+        if self._seeded is None or self._seeded.data is not data:
+            self._seeded = SeededLoader(data, self.seed)
+        return self._seeded
+
+    def data_state(self) -> dict[str, Any] | None:
+        """Return where the training data stand, or None between two passes."""
+        return None if self._pass is None else self._pass.state_dict(self.step)
 
     def _take(self, output: Tensor | Mapping[str, Any]) -> None:
         self.output = output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,12 @@ class History(Mapping[str, list[float]]):
         self.rows: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
         self.reason = ""
+        self.interrupted: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What a command should exit with: 0, or 128 + the signal that interrupted the run (143, 130 ...)."""
+        return 128 + self.interrupted if self.interrupted else 0
 
     def add_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Append a row."""

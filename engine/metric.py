@@ -70,6 +70,31 @@ class ComputedMetric:
             return {f"{name}_{key}": item for key, item in value.items()}
         return {name: value if isinstance(value, Tensor) else torch.as_tensor(value)}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the batches so far have left in the metric."""
+        if not self.is_torchmetrics:
+            return {"updated": self._updated, "states": [self.metric.state_dict()] if self._updated else []}
+        states = [{name: getattr(one, name) for name in one._defaults} for one in self._torchmetrics()]
+        return {"updated": self._updated, "states": states}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take back what `state_dict` returned, onto ``device``."""
+        self._updated = state["updated"]
+        states = tree_map(lambda tensor: tensor.to(device), state["states"])
+        if not self.is_torchmetrics:
+            for saved in states:
+                self.metric.load_state_dict(saved)
+            return
+        for one, saved in zip(self._torchmetrics(), states, strict=True):
+            one.to(device)
+            for name, value in saved.items():
+                setattr(one, name, value)
+            one._update_count = int(self._updated)  # or compute() would warn that nothing was seen
+
+    def _torchmetrics(self) -> list[Any]:
+        """Return the single metric, or those of a collection."""
+        return list(self.metric.values()) if isinstance(self.metric, Mapping | torch.nn.ModuleDict) else [self.metric]
+
     def _device(self) -> torch.device | None:
         device = getattr(self.metric, "device", None)  # a MetricCollection has none
         return device if isinstance(device, torch.device) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class Plan:
                 f"min_epochs={self.min_epochs} is more than epochs={self.epochs}. Lower one or raise the other."
             )
         self.validation_interval()
+
+    def reaches_further(self, epochs: int | None = None, max_steps: int | None = None) -> bool:
+        """Return whether this plan goes beyond one of so many epochs and steps."""
+        return (self.epochs or math.inf) > (epochs or math.inf) or (self.max_steps or math.inf) > (
+            max_steps or math.inf
+        )
 
     def validation_interval(self) -> tuple[int, str]:
         """Return how often to validate, as ``(n, "steps" or "epochs")``.

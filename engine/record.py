@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import tree_map
 from .errors import DataError
 from .metric import ComputedMetric, FunctionMetric, Metric
 
@@ -127,6 +128,24 @@ class Record:
         return {
             name: value / self.meters[name].count if name in self.meters else value for name, value in values.items()
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the open averages and metrics."""
+        return {
+            "meters": {name: [meter.val, meter.sum, meter.count] for name, meter in self.meters.items()},
+            "metrics": {name: metric.state_dict() for name, metric in self.computed.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take back what `state_dict` returned, onto ``device``."""
+        self.reset()
+        for name, (val, total, count) in state["meters"].items():
+            meter = self.meters[name] = AverageMeter()
+            meter.val, meter.sum = tree_map(lambda tensor: tensor.to(device), (val, total))
+            meter.count = count
+        for name, metric in self.computed.items():
+            if name in state["metrics"]:
+                metric.load_state_dict(state["metrics"][name], device)
 
     def peek(self) -> dict[str, float]:
         """Return the newest averages that have arrived on the host, without waiting for the device.

@@ -12,7 +12,7 @@ zero_grad(set_to_none=True)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -78,6 +78,26 @@ class Update:
         if self._batches:
             self._apply()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the open window with its gradients, and the scaler's state."""
+        grads = [p.grad for p in self._parameters()] if self._batches else None
+        return {
+            "window": [self._batches, self._samples, self._nominal],
+            "grads": grads,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._batches, self._samples, self._nominal = state["window"]
+        for parameter, grad in zip(self._parameters(), state["grads"] or [], strict=False):
+            parameter.grad = None if grad is None else grad.to(parameter.device)
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self._optimizer().param_groups for parameter in group["params"]]
+
     def skip(self) -> None:
         """Leave out the update that is about to be made; for handlers of GradientsReady."""
         self._skips = True
@@ -99,7 +119,8 @@ class Update:
         if scaler is not None:
             scaler.unscale_(optimizer)
         if self._samples != self._nominal:
-            self._rescale(optimizer, self._nominal / self._samples)
+            grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            torch._foreach_mul_(grads, self._nominal / self._samples)
         self._batches, self._samples, self._nominal = 0, 0.0, 0.0
         engine.num_updates += 1
         if engine.num_updates >= self._gradients_ready.due:
@@ -123,10 +144,6 @@ class Update:
             self.scaler.step(optimizer)
         self.scaler.update()
         return not skips and self.scaler.get_scale() >= scale  # it shrinks when torch has skipped
-
-    def _rescale(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, factor)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self._engine.parts.get("optimizer")

@@ -1,0 +1,195 @@
+"""Checkpoints of the whole run, to be killed at any step and lose nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, Settled
+from camshaft.engine.batch import tree_map
+from camshaft.engine.checkpoint import CheckpointDirectory, ensure_writable
+from camshaft.engine.errors import whole_number
+from camshaft.engine.state import run_state
+
+logger = logging.getLogger("camshaft")
+
+
+class RunCheckpoint(Callback):
+    """Saves everything that decides the rest of the run, for ``fit(..., resume="auto")``.
+
+    It saves when a step or an epoch has settled, at the end of the run, and when a signal interrupts it. A file is
+    whole and on the disk before it gets its name and before an older one goes; its name holds its digest. A failed
+    save warns, training goes on, and the next due point tries again; three in a row, or the last one of a run, raise.
+
+    Args:
+        directory: where to write; it belongs to one run.
+        every_steps, every_epochs, every_seconds: when to save; every epoch by default. Several may be given.
+        keep: how many of the newest to keep; at least 1.
+        keep_every: keep every n-th for ever, too.
+        background: copy the state on the training thread and write it on another; one write at a time.
+        on_error: "warn" as told above, or "raise" at the first failure.
+
+    Raises:
+        ConfigurationError: for settings that cannot work; before the first step if the directory cannot be written,
+            or holds another run and ``resume`` was not asked for.
+        CheckpointError: at the first save, naming the key, if a part or handler keeps what cannot be loaded safely.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every_steps: int | None = None,
+        every_epochs: int | None = None,
+        every_seconds: float | None = None,
+        keep: int = 2,
+        keep_every: int | None = None,
+        background: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        if every_steps is None and every_epochs is None and every_seconds is None:
+            every_epochs = 1
+        for name, value in (("every_steps", every_steps), ("every_epochs", every_epochs), ("keep_every", keep_every)):
+            if value is not None:
+                whole_number(f"RunCheckpoint's {name}", value, least=1)
+        if every_seconds is not None and not every_seconds > 0:
+            raise ConfigurationError(f"RunCheckpoint has every_seconds={every_seconds}. Pass a number above 0.")
+        if on_error not in ("warn", "raise"):
+            raise ConfigurationError(f'RunCheckpoint has on_error={on_error!r}. Write "warn" or "raise".')
+        self.files = CheckpointDirectory(Path(directory))
+        self.every_steps = every_steps
+        self.every_epochs = every_epochs
+        self.every_seconds = every_seconds
+        self.keep = whole_number("RunCheckpoint's keep", keep, least=1)
+        self.keep_every = keep_every
+        self.on_error = on_error
+        self._writer = _Writer(self._write) if background else None
+        self._failures = 0
+        self._saved_at: tuple[int, bool] | None = None
+        self._owns = False  # whether this object has begun to write in the directory
+        self._clock = time.monotonic()
+
+    def attach(self, engine: Engine) -> None:
+        """Tell the engine where its checkpoints lie."""
+        if engine.checkpoints is not None:
+            raise ConfigurationError(f"The engine has checkpoints in {engine.checkpoints.path} already. Attach one.")
+        super().attach(engine)
+        engine.checkpoints = self.files
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Look whether the directory can be written and is this run's."""
+        ensure_writable(self.files.path, "RunCheckpoint")
+        self.files.sweep()
+        if self.files.files() and not self._owns and not event.engine.resumes:
+            raise ConfigurationError(
+                f"{self.files.path} holds checkpoints of an earlier run. "
+                'Go on with it by fit(..., resume="auto"), or pass another directory.'
+            )
+        self._owns = True
+        self._saved_at = None
+        self._clock = time.monotonic()
+
+    def on_settled(self, event: Settled) -> None:
+        """Save if it is due."""
+        engine = event.engine
+        here = (engine.step, engine.epoch_is_open)
+        if here != self._saved_at and self._is_due(engine):
+            self._saved_at = here
+            self._clock = time.monotonic()
+            self._save(engine, is_last=engine.is_over())
+
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Wait for a write in the background."""
+        if self._writer is not None and (error := self._writer.wait()) is not None:
+            self._failed(error, is_last=True)
+
+    def _is_due(self, engine: Engine) -> bool:
+        if engine.is_over():
+            return True
+        if self.every_seconds is not None and time.monotonic() - self._clock >= self.every_seconds:
+            return True
+        if engine.epoch_is_open:
+            return self.every_steps is not None and engine.step % self.every_steps == 0
+        return self.every_epochs is not None and engine.epoch % self.every_epochs == 0
+
+    def _save(self, engine: Engine, *, is_last: bool) -> None:
+        state = run_state(engine)
+        try:
+            if self._writer is None:
+                self._write(state, engine.step)
+            else:
+                error = self._writer.wait()
+                self._writer.start(state, engine.step)
+                if error is not None:
+                    raise error
+        except OSError as error:
+            self._failed(error, is_last=is_last)
+        else:
+            self._failures = 0
+
+    def _write(self, state: dict[str, Any], step: int) -> None:
+        self.files.save(state, step)
+        self.files.prune(self.keep, self.keep_every)
+
+    def _failed(self, error: OSError, *, is_last: bool) -> None:
+        self._failures += 1
+        if is_last or self._failures >= 3 or self.on_error == "raise":
+            raise error
+        newest = next(iter(self.files.files()), None)
+        logger.warning(
+            "A checkpoint could not be written in %s: %s. Training goes on; %s.",
+            self.files.path,
+            error.strerror or error,
+            f"{newest.path.name} is still good" if newest else "there is none yet",
+        )
+
+    def __repr__(self) -> str:
+        return f"RunCheckpoint({str(self.files.path)!r}, keep={self.keep})"
+
+
+class _Writer:
+    """Writes one state at a time on a thread; the state is copied first, into memory that is used again."""
+
+    def __init__(self, write: Callable[[dict[str, Any], int], None]) -> None:
+        self._write = write
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+        self._buffers: list[Tensor] = []
+
+    def start(self, state: dict[str, Any], step: int) -> None:
+        self._thread = threading.Thread(target=self._run, args=(self._copy(state), step), name="camshaft-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> OSError | None:
+        """Wait for the write under way, and return what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        return error
+
+    def _run(self, state: dict[str, Any], step: int) -> None:
+        try:
+            self._write(state, step)
+        except OSError as error:
+            self._error = error
+
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        places, self._buffers = iter(self._buffers), []
+
+        def into_buffer(tensor: Tensor) -> Tensor:
+            place = next(places, None)
+            if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
+                place = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._buffers.append(place)
+            return place.copy_(tensor.detach())
+
+        copied: dict[str, Any] = tree_map(into_buffer, state)
+        return copied

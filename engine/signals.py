@@ -1,0 +1,48 @@
+"""Signals that ask a run to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# SIGUSR1 is how cluster schedulers warn of what is to come.
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def handled_signals(interrupt: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Call ``interrupt`` at the first signal, and let the second one through, for the length of the block.
+
+    The handler only sets a flag; the loop acts on it at a step boundary. Loader workers, forked within the block,
+    inherit it: they ignore the first signal of a process group, so that the step they serve can be finished.
+    Outside the main thread nothing is installed. The handlers from before are put back in the end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+    before: dict[signal.Signals, Any] = {}
+    seen: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number)
+        if seen:
+            signal.signal(name, before[name] if callable(before[name]) else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif os.getpid() == owner:
+            interrupt(name)
+            os.write(2, f"\n{name.name}: finishing the step; once more to stop now.\n".encode())
+        seen.append(number)
+
+    for name in HANDLED:
+        before[name] = signal.signal(name, handle)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,377 @@
+"""Killed anywhere, nothing lost: what is resumed ends as what ran through."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import Accuracy, MulticlassAUROC
+
+from camshaft.callbacks import (
+    Accumulate,
+    BestCheckpoint,
+    ClipGradients,
+    EarlyStopping,
+    FreezeUntil,
+    MixedPrecision,
+    RunCheckpoint,
+    Schedule,
+    WeightAverage,
+    warmup_cosine,
+)
+from camshaft.engine import (
+    Callback,
+    CheckpointError,
+    ConfigurationError,
+    Engine,
+    EpochStart,
+    StepEnd,
+    Trainer,
+    ValidationStepEnd,
+)
+from camshaft.engine.rng import seed_everything
+
+
+class Augmented(Dataset[Any]):
+    """20 samples; reading one draws from all three global generators."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(20, 4, generator=generator)
+        self.target = torch.randint(0, 3, (20,), generator=generator)
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = torch.rand(4) + random.random() + float(np.random.rand())
+        return self.inputs[index] + 0.1 * noise, self.target[index]
+
+
+def build(directory: Path | None, setting: str, seed: int | None, **checkpoint: Any) -> Trainer:
+    """A model with dropout and momentum; ``full`` adds what else has a state."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    callbacks: list[Callback] = [EarlyStopping("val_loss", patience=50), BestCheckpoint("val_loss", restore=False)]
+    if setting == "full":
+        callbacks += [
+            Accumulate(batches=2),
+            ClipGradients(norm=0.5),
+            WeightAverage(decay=0.8),
+            Schedule(warmup_cosine(optimizer, warmup=2, total=9), per="update"),
+            MixedPrecision("bf16"),
+            FreezeUntil(2, ["0.*"]),
+        ]
+    if directory is not None:
+        callbacks.append(RunCheckpoint(directory, **checkpoint))
+    metrics = {
+        "acc": Accuracy(task="multiclass", num_classes=3),
+        "both": MetricCollection([MulticlassAUROC(3, thresholds=None), Accuracy(task="multiclass", num_classes=3)]),
+        "mean": lambda output, target: output.mean(),
+    }
+    return Trainer(model, optimizer, nn.CrossEntropyLoss(), metrics=metrics, callbacks=callbacks, seed=seed)
+
+
+def run(trainer: Trainer, workers: int = 0, **settings: Any) -> Trainer:
+    seed_everything(3)
+    train = DataLoader(Augmented(), batch_size=3, shuffle=True, num_workers=workers)
+    val = DataLoader(TensorDataset(torch.eye(4).repeat(2, 1)[:6], torch.arange(6) % 3), batch_size=2)
+    trainer.fit(train, val, **{"epochs": 2, "validate_every": "2 steps", **settings})
+    return trainer
+
+
+def assert_same(resumed: Trainer, through: Trainer) -> None:
+    """Weights, averages, optimizer, history and counters are equal to the bit."""
+    for name, part in through.parts.items():
+        if hasattr(part, "state_dict"):
+            assert_equal(resumed.parts[name].state_dict(), part.state_dict(), name)
+    assert_equal(resumed.history.rows, through.history.rows, "history")
+    assert_equal(resumed.history.validations, through.history.validations, "validations")
+    assert (resumed.step, resumed.num_updates) == (through.step, through.num_updates)
+
+
+def assert_equal(ours: Any, theirs: Any, place: str) -> None:
+    if isinstance(ours, Tensor):
+        assert torch.equal(ours, theirs), place
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), place
+        for key in ours:
+            assert_equal(ours[key], theirs[key], f"{place}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), place
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(a, b, f"{place}[{number}]")
+    else:
+        assert ours == theirs or (ours != ours and theirs != theirs), place
+
+
+def interrupt_at(trainer: Trainer, step: int, moment: type[Any] = StepEnd) -> Trainer:
+    def act(event: Any) -> None:
+        if trainer.step == step:
+            trainer.interrupt(signal.SIGTERM)
+
+    trainer.subscribe(moment, act)
+    return trainer
+
+
+SETTINGS = [("plain", None, 0), ("full", None, 0), ("full", 11, 0), ("full", 11, 2)]
+
+
+@pytest.mark.parametrize(("setting", "seed", "workers"), SETTINGS)
+@pytest.mark.parametrize("moment", [StepEnd, ValidationStepEnd], ids=lambda event: event.__name__)
+def test_interrupted_behind_every_step_and_resumed_a_run_ends_as_if_it_had_not_been(
+    tmp_path: Path, setting: str, seed: int | None, workers: int, moment: type[Any]
+) -> None:
+    through = run(build(None, setting, seed), workers)
+    assert through.step == 14
+    # Workers take their time: every third step then, each step without them.
+    for step in range(1, 14, 3 if workers else 1):
+        if moment is ValidationStepEnd and step % 2:
+            continue
+        directory = tmp_path / str(step)
+        first = run(interrupt_at(build(directory, setting, seed), step, moment), workers)
+        assert (first.step, first.history.exit_code) == (step, 143)
+        resumed = run(build(directory, setting, seed), workers, resume="auto")
+        assert_same(resumed, through)
+
+
+def test_a_run_may_be_cut_twice_in_one_epoch_and_resumed_with_another_number_of_workers(tmp_path: Path) -> None:
+    through = run(build(None, "full", 11))
+    run(interrupt_at(build(tmp_path, "full", 11), 2), workers=2)
+    run(interrupt_at(build(tmp_path, "full", 11), 5), workers=0, resume="auto")
+    assert_same(run(build(tmp_path, "full", 11), workers=1, resume="auto"), through)
+
+
+def test_a_plain_loader_with_workers_resumes_in_the_same_order(tmp_path: Path) -> None:
+    """Without random augmentation that is bit-identical."""
+
+    def fit(trainer: Trainer, resume: str | None = None) -> Trainer:
+        torch.manual_seed(3)
+        data = TensorDataset(Augmented().inputs, Augmented().target)
+        train = DataLoader(data, batch_size=3, shuffle=True, num_workers=2)
+        trainer.fit(train, train, epochs=2, resume=resume)
+        return trainer
+
+    through = fit(build(None, "plain", None))
+    fit(interrupt_at(build(tmp_path, "plain", None), 5))
+    assert_same(fit(build(tmp_path, "plain", None), resume="auto"), through)
+
+
+def test_a_periodic_checkpoint_of_a_run_that_died_resumes_too(tmp_path: Path) -> None:
+    """The error comes three steps behind the last save, and those steps are made again."""
+    through = run(build(None, "full", None))
+    dying = build(tmp_path, "full", None, every_steps=4, keep=2)
+
+    def die(event: StepEnd) -> None:
+        if event.engine.step == 11:
+            raise MemoryError
+
+    dying.subscribe(StepEnd, die)
+    with pytest.raises(MemoryError):
+        run(dying)
+    assert [file.step for file in RunCheckpoint(tmp_path).files.files()] == [8, 4]
+    assert_same(run(build(tmp_path, "full", None), resume="auto"), through)
+
+
+def test_epochs_count_from_where_the_resumed_run_began_and_more_may_be_asked(tmp_path: Path) -> None:
+    through = run(build(None, "plain", None), epochs=4)
+    run(build(tmp_path, "plain", None), epochs=2)
+    assert_same(run(build(tmp_path, "plain", None), epochs=4, resume="auto"), through)
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(build(tmp_path, "plain", None))
+    with caplog.at_level(logging.INFO):
+        again = run(build(tmp_path, "plain", None), resume="auto")
+    assert again.step == 14
+    assert "The run is finished" in caplog.text
+    assert "Pass more epochs or steps to go on" in caplog.text
+
+
+def test_a_run_that_stopped_early_stays_stopped_unless_more_is_asked(tmp_path: Path) -> None:
+    stopping = build(tmp_path, "plain", None)
+    stopping.subscribe(EpochStart, lambda event: event.engine.stop("enough") if event.engine.epoch == 2 else None)
+    run(stopping, epochs=3)
+    again = run(build(tmp_path, "plain", None), epochs=3, resume="auto")
+    assert (again.step, again.history.reason) == (stopping.step, "enough")
+    assert run(build(tmp_path, "plain", None), epochs=4, resume="auto").epoch == 4
+
+
+def test_settings_are_those_of_the_new_run_and_state_that_of_the_old(tmp_path: Path) -> None:
+    first = build(tmp_path, "plain", None)
+    run(first)
+    second = build(tmp_path, "plain", None)
+    stopping = next(c for c in second.callbacks if isinstance(c, EarlyStopping))
+    stopping.patience = 20
+    run(second, resume="auto")
+    assert stopping.patience == 20
+    assert stopping.best == next(c for c in first.callbacks if isinstance(c, EarlyStopping)).best
+    assert math.isfinite(stopping.best)
+
+
+def test_handlers_whose_state_is_missing_or_extra_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(build(tmp_path, "plain", None))
+    model = build(None, "plain", None).model
+    other = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.02),
+        nn.CrossEntropyLoss(),
+        callbacks=[RunCheckpoint(tmp_path), ClipGradients(norm=1.0)],
+    )
+    with caplog.at_level(logging.WARNING):
+        run(other, resume="auto", epochs=3)
+    assert "No state was saved for: ClipGradients." in caplog.text
+    assert "not attached now: BestCheckpoint, EarlyStopping." in caplog.text
+
+
+def test_another_architecture_is_refused_with_its_differences_and_nothing_is_loaded(tmp_path: Path) -> None:
+    run(build(tmp_path, "plain", None))
+    model = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(), nn.Linear(9, 3))
+    before = [parameter.clone() for parameter in model.parameters()]
+    other = Trainer(
+        model, torch.optim.AdamW(model.parameters()), nn.CrossEntropyLoss(), callbacks=[RunCheckpoint(tmp_path)]
+    )
+    with pytest.raises(CheckpointError, match=r"model: 0.weight has shape \[8, 4\], the model's has \[9, 4\]"):
+        run(other, resume="auto")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_another_seed_is_refused(tmp_path: Path) -> None:
+    run(build(tmp_path, "plain", 11))
+    with pytest.raises(CheckpointError, match="seed=11.*seed=12.*Pass the same seed"):
+        run(build(tmp_path, "plain", 12), resume="auto")
+
+
+def test_auto_starts_afresh_and_says_so_where_a_path_must_exist(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run(build(tmp_path / "new", "plain", None), resume="auto")
+    assert "No checkpoint yet: a fresh start." in caplog.text
+    with pytest.raises(ConfigurationError, match="There is no checkpoint at"):
+        run(build(tmp_path / "other", "plain", None), resume=str(tmp_path / "none"))
+    with pytest.raises(ConfigurationError, match="nowhere to look"):
+        run(build(None, "plain", None), resume="auto")
+
+
+def test_a_directory_of_an_earlier_run_is_not_written_over(tmp_path: Path) -> None:
+    run(build(tmp_path, "plain", None))
+    fresh = build(tmp_path, "plain", None)
+    with pytest.raises(ConfigurationError, match="holds checkpoints of an earlier run"):
+        run(fresh)
+    assert fresh.step == 0
+
+
+def test_the_newest_are_kept_and_every_nth_for_ever(tmp_path: Path) -> None:
+    run(build(tmp_path, "plain", None, every_steps=2, keep=2, keep_every=3))
+    assert [file.number for file in RunCheckpoint(tmp_path).files.files()] == [8, 7, 6, 3]
+
+
+def test_everything_saved_loads_as_weights_only_and_an_unsafe_value_is_refused_by_its_key(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "full", 11)
+    run(trainer)
+    for file in RunCheckpoint(tmp_path).files.files():
+        torch.load(file.path, weights_only=True)
+
+    class Unsafe(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"score": np.float64(0.5)}
+
+    trainer = build(tmp_path / "unsafe", "plain", None)
+    trainer.attach(Unsafe())
+    with pytest.raises(CheckpointError, match=r"state\['callbacks'\]\['Unsafe'\]\['score'\] is of type numpy.float64"):
+        run(trainer)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_file_is_found_named_and_the_one_before_is_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    through = run(build(None, "plain", None))
+    run(interrupt_at(build(tmp_path, "plain", None, every_steps=4), 10))
+    newest, before = RunCheckpoint(tmp_path).files.files()
+    content = bytearray(newest.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.path.write_bytes({"flip": bytes(content), "truncate": content[:1000], "empty": b""}[damage])
+    resumed = run(build(tmp_path, "plain", None), resume="auto")
+    assert f"{newest.path} is damaged: the SHA-256 of its" in caplog.text
+    assert f"step {before.step}" or resumed
+    assert_same(resumed, through)
+
+
+def test_if_every_file_is_damaged_that_is_an_error(tmp_path: Path) -> None:
+    run(build(tmp_path, "plain", None))
+    for file in RunCheckpoint(tmp_path).files.files():
+        file.path.write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="Every checkpoint in"):
+        run(build(tmp_path, "plain", None), resume="auto")
+
+
+def test_a_newer_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    run(build(tmp_path, "plain", None))
+    files = RunCheckpoint(tmp_path).files
+    state = torch.load(files.files()[0].path, weights_only=True) | {"format": 99}
+    files.save(state, 14)
+    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads up to 1"):
+        run(build(tmp_path, "plain", None), resume="auto")
+
+
+def test_stale_temporary_files_are_swept(tmp_path: Path) -> None:
+    stale = tmp_path / ".run-000001-step-3.123.tmp"
+    stale.write_bytes(b"half")
+    run(build(tmp_path, "plain", None))
+    assert not stale.exists()
+
+
+def test_writing_in_the_background_saves_the_same(tmp_path: Path) -> None:
+    through = run(build(None, "full", None))
+    run(interrupt_at(build(tmp_path, "full", None, every_steps=1, background=True), 9))
+    assert_same(run(build(tmp_path, "full", None, background=True), resume="auto"), through)
+
+
+def test_the_script_style_resumes_in_mid_epoch(tmp_path: Path) -> None:
+    def script(engine: Engine, resume: str | None = None) -> list[Tensor]:
+        seed_everything(3)
+        model, optimizer = engine.parts["model"], engine.parts["optimizer"]
+        train = DataLoader(Augmented(), batch_size=3, shuffle=True)
+        for _ in engine.epochs(2, resume=resume):
+            for inputs, target in engine.train(train):
+                loss = nn.functional.cross_entropy(model(inputs), target)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                engine.record(loss=loss)
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    def make(directory: Path | None) -> Engine:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        callbacks = [] if directory is None else [RunCheckpoint(directory)]
+        return Engine(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), callbacks=callbacks)
+
+    through = script(make(None))
+    cut = make(tmp_path)
+    cut.subscribe(StepEnd, lambda event: cut.interrupt(signal.SIGINT) if cut.step == 9 else None)
+    script(cut)
+    assert cut.history.exit_code == 130
+    assert all(torch.equal(a, b) for a, b in zip(script(make(tmp_path), "auto"), through, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"every_steps": 0}, {"every_epochs": -1}, {"every_seconds": 0}, {"keep": 0}, {"keep_every": 0}, {"on_error": "no"}],
+)
+def test_a_setting_that_cannot_work_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"\. (Pass|Write) "):
+        RunCheckpoint(tmp_path, **settings)
