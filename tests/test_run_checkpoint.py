@@ -249,7 +249,7 @@ def test_another_architecture_is_refused_with_its_differences_and_nothing_is_loa
 
 def test_another_seed_is_refused(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", 11))
-    with pytest.raises(CheckpointError, match="seed=11.*seed=12.*Pass the same seed"):
+    with pytest.raises(CheckpointError, match=r"seed=11.*seed=12.*Pass the same seed"):
         run(build(tmp_path, "plain", 12), resume="auto")
 
 
@@ -300,13 +300,12 @@ def test_a_damaged_file_is_found_named_and_the_one_before_is_used(
 ) -> None:
     through = run(build(None, "plain", None))
     run(interrupt_at(build(tmp_path, "plain", None, every_steps=4), 10))
-    newest, before = RunCheckpoint(tmp_path).files.files()
+    newest, _ = RunCheckpoint(tmp_path).files.files()
     content = bytearray(newest.path.read_bytes())
     content[len(content) // 2] ^= 1
     newest.path.write_bytes({"flip": bytes(content), "truncate": content[:1000], "empty": b""}[damage])
     resumed = run(build(tmp_path, "plain", None), resume="auto")
     assert f"{newest.path} is damaged: the SHA-256 of its" in caplog.text
-    assert f"step {before.step}" or resumed
     assert_same(resumed, through)
 
 
@@ -370,7 +369,14 @@ def test_the_script_style_resumes_in_mid_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"every_steps": 0}, {"every_epochs": -1}, {"every_seconds": 0}, {"keep": 0}, {"keep_every": 0}, {"on_error": "no"}],
+    [
+        {"every_steps": 0},
+        {"every_epochs": -1},
+        {"every_seconds": 0},
+        {"keep": 0},
+        {"keep_every": 0},
+        {"on_error": "no"},
+    ],
 )
 def test_a_setting_that_cannot_work_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"\. (Pass|Write) "):
