@@ -3,6 +3,7 @@
 from .best_checkpoint import BestCheckpoint
 from .early_stopping import EarlyStopping
 from .gradients import Accumulate, ClipGradients
+from .ignite import Ignite
 from .learning_rate_finder import LearningRateFinder
 from .metrics import Metrics
 from .non_finite import StopOnNonFinite
@@ -35,6 +36,7 @@ __all__ = [
     "StopOnNonFinite",
     "LearningRateFinder",
     "TensorBoard",
+    "Ignite",
     "RunDirectory",
     "Report",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart
-from camshaft.engine.checkpoint import bare, ensure_writable, load_weights, save
+from camshaft.engine.checkpoint import bare, ensure_writable, load_weights, save_together
 from camshaft.engine.errors import whole_number
 
 from .monitor import Mode, Monitor
@@ -96,13 +96,17 @@ class BestCheckpoint(Callback):
         self.directory = self._wanted_directory or (run_directory and run_directory / "checkpoints")
         if self.directory is not None:
             ensure_writable(self.directory, "BestCheckpoint")
+            if (self.directory / "best.pt").exists() and not self.kept and not event.engine.resumes:
+                logger.warning(
+                    "%s is of an earlier run, and this run's best will replace it.", self.directory / "best.pt"
+                )
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Load the best weights, if asked to."""
         if self.kept:
             best = self.kept[0]
-            logger.info("Best %s %.6g at epoch %d, step %d%s.", self.monitor.name, best.value, best.epoch, best.step,
-                        f": {self.path}" if self.path else "")  # fmt: skip
+            logger.info("Best %s %.6g at epoch %d, step %d%s", self.monitor.name, best.value, best.epoch, best.step,
+                        f"  {self.path}" if self.path else "")  # fmt: skip
             if self.restore:
                 load_weights(event.engine.parts["model"], self.weights(), str(self.path or "The best checkpoint"))
 
@@ -138,13 +142,13 @@ class BestCheckpoint(Callback):
 
     def _write(self, engine: Engine, directory: Path, kept: Kept, *, is_best: bool) -> bool:
         weights = bare(engine.parts["model"]).state_dict()
+        files: dict[Path, Any] = {directory / kept.file: weights} if self.top_k > 1 else {}
+        if is_best:
+            files[directory / "best.pt"] = weights
+            if isinstance(optimizer := engine.parts.get("optimizer"), torch.optim.Optimizer):
+                files[directory / "best.optimizer.pt"] = optimizer.state_dict()
         try:
-            if self.top_k > 1:
-                save(directory / kept.file, weights)
-            if is_best:
-                if isinstance(optimizer := engine.parts.get("optimizer"), torch.optim.Optimizer):
-                    save(directory / "best.optimizer.pt", optimizer.state_dict())
-                save(directory / "best.pt", weights)
+            save_together(files)
         except OSError as error:
             logger.warning("BestCheckpoint could not write in %s: %s. The files before stay, and training goes on.",
                            directory, error.strerror or error)  # fmt: skip

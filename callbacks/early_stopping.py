@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from camshaft.engine import Callback, ConfigurationError, Engine
+from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
 from camshaft.engine.errors import whole_number
 
 from .monitor import Mode, Monitor
@@ -47,7 +47,7 @@ class EarlyStopping(Callback):
     ) -> None:
         self.monitor = Monitor("EarlyStopping", monitor, mode)
         self.patience = whole_number("EarlyStopping's patience", patience, least=1)
-        if not 0 <= min_delta < math.inf:
+        if not (isinstance(min_delta, int | float) and 0 <= min_delta < math.inf):
             raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
         if on_nan not in ("count", "stop"):
             raise ConfigurationError(f'EarlyStopping has on_nan={on_nan!r}. Write "count" or "stop".')
@@ -61,6 +61,10 @@ class EarlyStopping(Callback):
         """Watch the value."""
         super().attach(engine)
         self.monitor.attach(engine, self._check)
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Begin each run with the whole patience; a resumed run gets its count back afterwards."""
+        self.num_checks_without_gain = 0
 
     def _check(self, engine: Engine, value: float) -> None:
         name = self.monitor.name

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, GradientsReady, until
 from camshaft.engine.errors import whole_number
 
 
@@ -35,6 +35,9 @@ class Accumulate(Callback):
     def attach(self, engine: Engine) -> None:
         """Set the window of ``engine.update``."""
         super().attach(engine)
+        if engine.update.window_batches > 1 or engine.update.window_samples is not None:
+            raise ConfigurationError("The engine has an Accumulate already. Attach one.")
+        engine.subscribe(EpochEnd, _check_used, when=until(1))
         engine.update.window_batches = self.batches or 1
         engine.update.window_samples = self.samples
 
@@ -59,10 +62,15 @@ class ClipGradients(Callback):
                 f"ClipGradients got norm={norm} and value={value}. Pass one of them: ClipGradients(norm=1.0)."
             )
         limit = norm if norm is not None else value
-        if not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise ConfigurationError(f"ClipGradients got a limit of {limit!r}. Pass a finite number above 0.")
         self.norm = norm
         self.value = value
+
+    def attach(self, engine: Engine) -> None:
+        """Hear of the gradients."""
+        super().attach(engine)
+        engine.subscribe(EpochEnd, _check_used, when=until(1))
 
     def on_gradients_ready(self, event: GradientsReady) -> None:
         """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
@@ -75,3 +83,12 @@ class ClipGradients(Callback):
 
     def __repr__(self) -> str:
         return f"ClipGradients(norm={self.norm}, value={self.value})"
+
+
+def _check_used(event: EpochEnd) -> None:
+    """Refuse a step that goes past ``engine.update``, where windows and clipping happen."""
+    if not event.engine.num_updates and not event.engine.num_skipped_updates:
+        raise ConfigurationError(
+            "Accumulate and ClipGradients had no effect in the first epoch, for the step never called engine.update. "
+            "Write engine.update(loss) in place of loss.backward(), optimizer.step() and optimizer.zero_grad()."
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from camshaft.engine import Callback, Engine
 from camshaft.engine.metric import as_metrics
 
@@ -32,7 +34,7 @@ class Metrics(Callback):
     [0.75]
     """
 
-    def __init__(self, metrics: Mapping[str, Any]) -> None:
+    def __init__(self, metrics: Mapping[str, Any] | nn.ModuleDict) -> None:
         self.metrics = metrics
         as_metrics(metrics)
 

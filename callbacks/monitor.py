@@ -77,7 +77,8 @@ class Monitor:
                 f'Pass fit(train, val, ...), or watch "train_{self.name[4:]}".'
             )
         expected = engine.stages.expected(validates=engine.validates)
-        if expected and self.name not in expected:
+        of_collection = self.name.startswith(tuple(f"{name}_" for name in expected))
+        if expected and self.name not in expected and not of_collection:
             raise self._missing(expected)
         if self.mode is None:
             higher = engine.stages.higher_is_better(self.name)

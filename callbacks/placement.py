@@ -9,7 +9,6 @@ from torch import Tensor
 
 from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine
 from camshaft.engine.batch import tree_map
-from camshaft.engine.errors import did_you_mean
 
 
 class Placement(Callback):
@@ -61,8 +60,8 @@ def _find(device: str | torch.device) -> torch.device:
         wanted = None
     if wanted is None or not _exists(wanted):
         raise ConfigurationError(
-            f"Device {str(device)!r} is not here. {did_you_mean(str(device), available)}"
-            f'Devices: {", ".join(available)}; "auto" takes the first.'
+            f"Device {str(device)!r} is not here. "
+            f'Write one of {", ".join(available)}, or "auto" for the first of them.'
         )
     return wanted
 

@@ -14,8 +14,8 @@ Precision = Literal["fp16", "bf16"]
 class MixedPrecision(Callback):
     """Runs model and loss under autocast; fp16 with a gradient scaler.
 
-    Weights and optimizer stay in float32. bf16 needs no scaler and works on the CPU, too. The scaler's check for
-    overflow waits for the device once per update, unless the optimizer is ``fused=True``.
+    Weights and optimizer stay in float32. bf16 needs no scaler and works on the CPU, too. With fp16, each
+    update waits for the device: torch's scaler has to know whether there was an overflow.
 
     Args:
         precision: "fp16" (CUDA only) or "bf16".

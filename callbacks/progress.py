@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import sys
@@ -78,11 +79,11 @@ class ProgressBar(Callback):
         self._write(event.reason)
 
     def _open_epoch(self, event: EpochStart) -> None:
-        self._bars.append(self._new_bar(epoch_title(event.engine)))
+        self._bars.append(self._new_bar(epoch_title(event.engine), event.engine.epoch_length))
 
     def _open_validation(self, event: ValidationStart) -> None:
         self._paint(event)
-        self._bars.append(self._new_bar("  validation"))
+        self._bars.append(self._new_bar("  validation", event.engine.validation_length))
 
     def _close_validation(self, event: ValidationEnd) -> None:
         self._bars.pop().close()
@@ -90,6 +91,8 @@ class ProgressBar(Callback):
     def _paint(self, event: StepEnd | ValidationStepEnd | ValidationStart) -> None:
         engine = event.engine
         validating = isinstance(event, ValidationStepEnd)
+        if not self._bars:  # a run resumed in mid-epoch heard no EpochStart
+            self._bars.append(self._new_bar(epoch_title(engine), engine.epoch_length))
         bar = self._bars[-1]
         bar.total = engine.validation_length if validating else engine.epoch_length
         bar.n = engine.validation_step if validating else engine.epoch_step
@@ -103,16 +106,27 @@ class ProgressBar(Callback):
         values = format_values(engine.peek())
         self._write(f"{epoch_title(engine)}  step {engine.epoch_step}{length}  {values}")
 
-    def _new_bar(self, title: str) -> Any:
+    def _new_bar(self, title: str, total: int | None) -> Any:
         tqdm = importlib.import_module("tqdm.notebook" if in_notebook() else "tqdm").tqdm
-        return tqdm(desc=title, leave=False, position=len(self._bars), dynamic_ncols=True, file=self.file)
+        # The values stand before the times, which are what a narrow terminal may lose.
+        shape = None if total is None else "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
+        return tqdm(
+            desc=title,
+            total=total,
+            leave=False,
+            position=len(self._bars),
+            dynamic_ncols=True,
+            file=self.file,
+            bar_format=shape,
+        )
 
     def _close_all(self) -> None:
         while self._bars:
             self._bars.pop().close()
 
     def _write(self, line: str) -> None:
-        print(line, file=self.file, flush=True)
+        with contextlib.suppress(OSError):  # a reader that went away must not end the training
+            print(line, file=self.file, flush=True)
 
 
 def in_notebook() -> bool:

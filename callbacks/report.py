@@ -11,6 +11,7 @@ from torch import Tensor
 
 from camshaft.engine import Callback, ConfigurationError, EpochEnd, FitEnd, FitStart
 from camshaft.engine.checkpoint import ensure_writable
+from camshaft.engine.history import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ class Report(Callback):
         self._wanted_directory = None if directory is None else Path(directory)
         self.class_names = class_names
         self._directory = Path()
-        self._matrices: dict[str, tuple[int, Tensor]] = {}
+        self._matrices: dict[str, tuple[str, Tensor]] = {}  # title and matrix
 
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
@@ -51,19 +52,28 @@ class Report(Callback):
         """Keep the newest matrices; a validation's take the place of the training's."""
         for name, value in event.metrics.items():  # training values come first
             if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == value.shape[1]:
-                self._matrices[name.partition("_")[2]] = (event.engine.epoch, value)
+                stage, _, short = name.partition("_")
+                self._matrices[short] = (f"{short}, {STAGES[stage]}, epoch {event.engine.epoch}", value)
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Draw everything."""
         history = event.engine.history
         figures = {name: history.plot(name) for name in history.curves()}
-        for name, (epoch, matrix) in self._matrices.items():
-            figures[name] = draw_confusion(matrix, title=f"{name}, epoch {epoch}", class_names=self.class_names)
-        try:
-            for name, figure in figures.items():
-                figure.savefig(self._directory / f"{name}.png", dpi=120)
-        except OSError as error:
-            logger.warning("Report could not draw in %s: %s.", self._directory, error)
+        for name, (title, matrix) in self._matrices.items():
+            figures[name] = draw_confusion(matrix, title=title, class_names=self._names(len(matrix)))
+        for name, figure in figures.items():
+            path = self._directory / f"{name.replace('/', '-')}.png"
+            try:
+                figure.savefig(path, dpi=120)
+            except OSError as error:
+                logger.warning("Report could not write %s: %s.", path, error)
+
+    def _names(self, num_classes: int) -> Sequence[str] | None:
+        if self.class_names is not None and len(self.class_names) != num_classes:
+            logger.warning("Report has %d class_names for %d classes; it draws their numbers.",
+                           len(self.class_names), num_classes)  # fmt: skip
+            return None
+        return self.class_names
 
     def __repr__(self) -> str:
         return f"Report({str(self._wanted_directory) if self._wanted_directory else ''})"
@@ -86,7 +96,7 @@ def draw_confusion(matrix: Tensor, *, title: str = "", class_names: Sequence[str
     num_classes = len(matrix)
     names = list(class_names) if class_names is not None else [str(number) for number in range(num_classes)]
     shares = (matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1e-12)).tolist()
-    side = max(4.0, 0.5 * num_classes + 1.5)
+    side = min(max(4.0, 0.5 * num_classes + 1.5), 14.0)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -97,9 +107,10 @@ def draw_confusion(matrix: Tensor, *, title: str = "", class_names: Sequence[str
             for column, count in enumerate(counts):
                 if count:
                     colour = "white" if shares[row][column] > 0.5 else "black"
-                    axes.text(column, row, f"{count:g}", ha="center", va="center", color=colour, fontsize=8)
-    rotation = 90 if max(map(len, names)) > 3 else 0
-    axes.set_xticks(range(num_classes), names, rotation=rotation)
-    axes.set_yticks(range(num_classes), names)
+                    axes.text(column, row, f"{count:.10g}", ha="center", va="center", color=colour, fontsize=8)
+    shown = range(0, num_classes, -(-num_classes // 40))  # 40 names at most
+    labels = [names[number] for number in shown]
+    axes.set_xticks(shown, labels, rotation=90 if max(map(len, labels)) > 3 else 0)
+    axes.set_yticks(shown, labels)
     axes.set(title=title, xlabel="predicted", ylabel="true")
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
@@ -36,9 +37,9 @@ class RunDirectory(Callback):
     """Makes ``<root>/<time the run started>`` and gives it to every handler that writes files.
 
     It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers),
-    ``settings.json``, ``environment.json`` (versions, machine, command) and ``history.csv``, rewritten after
-    each epoch. During a fit the log goes to the terminal as well, unless logging is set up already; the epochs'
-    lines are left to a `ProgressBar` where there is one.
+    ``settings.json``, ``environment.json`` (versions, machine, command), ``handlers.txt`` (what runs, when and in
+    which order) and ``history.csv``, rewritten after each epoch. During a fit the log goes to the terminal as well,
+    unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
 
     Args:
         root: where the run directories lie; made if need be.
@@ -60,19 +61,21 @@ class RunDirectory(Callback):
             raise ConfigurationError(f"The engine writes in {engine.directory} already. Attach one RunDirectory.")
         super().attach(engine)
         engine.directory = self.path
-        self._write("settings.json", json.dumps(self.settings, indent=2, default=str))
-        self._write("environment.json", json.dumps(environment(), indent=2))
+        self._write("settings.json", json.dumps(self.settings, indent=2, default=str) + "\n")
+        self._write("environment.json", json.dumps(environment(), indent=2) + "\n")
         engine.around("fit", lambda: self._logging(engine))
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Log the settings and what will run in which order."""
+        """Log the settings; write down what will run in which order."""
         logger.info("Run directory: %s", self.path)
         logger.info("Settings: %s", json.dumps(self.settings, default=str))
-        logger.debug("Handlers:\n%s", event.engine.explain())
+        self._write("handlers.txt", event.engine.explain() + "\n")
 
     def on_validation_end(self, event: ValidationEnd) -> None:
-        """Log the validation."""
-        epoch_logger.debug("step %d  %s", event.engine.step, format_values(event.metrics))
+        """Log a validation between epochs; the others are in the epoch's line."""
+        plan = event.engine.plan
+        if plan is not None and plan.validation_interval()[1] == "steps":
+            epoch_logger.info("step %d  %s", event.engine.step, format_values(event.metrics))
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Log the epoch and write the history."""
@@ -98,7 +101,7 @@ class RunDirectory(Callback):
     def _logging(self, engine: Engine) -> Iterator[None]:
         root = logging.getLogger()
         level = root.level
-        handlers: list[logging.Handler] = [logging.FileHandler(self.path / "log.log", encoding="utf-8")]
+        handlers: list[logging.Handler] = [_LogFile(self.path / "log.log", encoding="utf-8")]
         handlers[0].setFormatter(logging.Formatter(FORMAT))
         if self.terminal and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers):
             has_bar = any(isinstance(callback, ProgressBar) for callback in engine.callbacks)
@@ -109,6 +112,8 @@ class RunDirectory(Callback):
             root.setLevel(logging.INFO)
         try:
             yield
+        except GeneratorExit:  # the user's own loop was left: no failure
+            raise
         except BaseException as error:
             logger.error("The run failed.", exc_info=error)
             raise
@@ -120,6 +125,21 @@ class RunDirectory(Callback):
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose failure is said once, and costs nothing else."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not self.said:
+            self.said = True
+            print(f"{self.baseFilename} could not be written: {sys.exc_info()[1]}.", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _TerminalHandler(logging.Handler):
@@ -166,7 +186,7 @@ def _make_directory(root: Path) -> Path:
     started = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     number = 1
     while True:
-        path = root / (started if number == 1 else f"{started}-{number}")
+        path = root / (started if number == 1 else f"{started}-{number:02}")
         try:
             path.mkdir()  # fails if another run of this second has taken the name
         except FileExistsError:

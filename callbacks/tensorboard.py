@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +51,12 @@ class TensorBoard(Callback):
     def _add(self, values: Mapping[str, Any], step: int) -> None:
         if self._writer is None:
             return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         try:
             for name, value in scalars(values).items():
-                self._writer.add_scalar(name, value, step)
+                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
             self._writer.flush()
         except Exception as error:
             logger.warning("TensorBoard stops writing: %r. Training goes on.", error)
@@ -64,15 +70,17 @@ class TensorBoard(Callback):
                 "TensorBoard has nowhere to write. Pass TensorBoard(directory), or add RunDirectory()."
             )
         ensure_writable(directory, "TensorBoard")
-        from tensorboardX import SummaryWriter
+        # Not its SummaryWriter: that writes on a thread, whose death on a full disk would block the training for ever.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self._writer = SummaryWriter(str(directory))
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{engine.num_fits}")
         try:
             yield
         finally:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with contextlib.suppress(OSError):  # all values were flushed as they came
+                    writer.close()
 
     def __repr__(self) -> str:
         return f"TensorBoard({str(self._wanted_directory) if self._wanted_directory else ''})"

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
+from .batch import tree_map
 from .errors import CheckpointError, ConfigurationError
 
 logger = logging.getLogger("camshaft")
@@ -81,8 +82,28 @@ def sync_directory(directory: Path) -> None:
 
 
 def save(path: Path, value: Any) -> None:
-    """Write ``value`` with ``torch.save``, durably."""
-    write_durably(path, lambda file: torch.save(value, file))
+    """Write ``value`` with ``torch.save``, durably; tensors go to the CPU first, so that it loads anywhere."""
+    save_together({path: value})
+
+
+def save_together(values: dict[Path, Any]) -> None:
+    """Write several files of one moment: none takes its name before all of them are whole and on the disk."""
+    temporaries: dict[Path, Path] = {}
+    try:
+        for path, value in values.items():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.ready")
+            temporaries[path] = temporary
+            on_cpu = tree_map(Tensor.cpu, value)
+            write_durably(temporary, lambda file, on_cpu=on_cpu: torch.save(on_cpu, file))  # type: ignore[misc]  # bound now
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+    for directory in {path.parent for path in values}:
+        sync_directory(directory)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None:
@@ -136,7 +157,7 @@ def ensure_writable(directory: Path, owner: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigurationError(
             f"{owner} cannot write in {directory}: {error.strerror}. Pass a directory that can be written."

@@ -36,7 +36,7 @@ from .events import (
     ValidationStepEnd,
 )
 from .history import History
-from .order import Data, Pass, SeededLoader, check_data, empty_message, num_batches, one_pass
+from .order import Data, Pass, SeededLoader, check_data, empty_message, exactness, num_batches, one_pass
 from .plan import Plan
 from .record import Record, prefixed, scalars
 from .rng import own_rng, seed_everything
@@ -116,6 +116,7 @@ class Engine(Announcer):
         self._pass: Pass | None = None
         self._resumed_data: dict[str, Any] | None = None
         self._seeded: SeededLoader | None = None
+        self._said_exactness = False
         self._record: Record | None = None
         self.newest: dict[str, Any] = {}
         self._modes: dict[nn.Module, bool] = {}
@@ -159,7 +160,7 @@ class Engine(Announcer):
                 be known.
         """
         plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every)
-        self._expect(train, val)
+        self._expect(plan, train, val)
         loop, step = self._run(plan, resume), self.training_step
         try:
             for _ in loop:
@@ -224,6 +225,7 @@ class Engine(Announcer):
         step_end = self._validation_step_end
         step_end.rewind()  # its counter starts anew
         with self._evaluating("val") as record:
+            self.validation_length = num_batches(data)
             self.emit(ValidationStart(self))
             for batch in self._evaluation_batches("val", data):
                 yield batch
@@ -299,7 +301,6 @@ class Engine(Announcer):
 
     def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
         check_data(name, data)
-        self.validation_length = num_batches(data)
         batches = one_pass(data)
         while True:
             try:
@@ -368,7 +369,7 @@ class Engine(Announcer):
             seed_everything(self.seed)
         self.num_fits += 1
         self.first_epoch, self.first_step = self.epoch, self.step
-        self.epoch_is_open = False
+        self.epoch_is_open, self._passed = False, True
         self.stop_reason = self.interrupted = None
         self._set_goal(plan)
         self.dispatch.rewind()
@@ -430,7 +431,7 @@ class Engine(Announcer):
         end = min(self.last_step, self.step_before_epoch + (plan.epoch_length or NEVER), NEVER)
         self._end_of_epoch = 0 if self.interrupted else int(end)
         self.stage, self._record = "train", self.stages["train"]
-        if self.epoch_step and self.step >= self.last_step:  # resumed behind the last step, with the epoch's end still to come
+        if self.epoch_step and self.step >= self.last_step:  # resumed behind the last step: its epoch's end is to come
             return iter(())
         seeded = self.seeded_view(data)
         if self._resumed_data is not None:
@@ -439,6 +440,9 @@ class Engine(Announcer):
         elif plan.epoch_length is None or self._pass is None or self._pass.data is not data:
             # Only epochs of a set length share one pass.
             self._pass = Pass(data, seeded=seeded, epoch=self.epoch, step=self.step)
+        if self.checkpoints is not None and not self._said_exactness:
+            self._said_exactness = True
+            logger.info("Resumed in mid-epoch, this run would be: %s.", exactness(data, seeded=seeded is not None))
         return self._pass.iterator
 
     def _end_training(self, data: Data) -> None:
@@ -481,14 +485,9 @@ class Engine(Announcer):
 
     def _announce_end(self, error: BaseException | None = None) -> None:
         plan = self._require_run("fit")
-        reason = self.interrupted and f"interrupted by {self.interrupted.name}"
-        reason = (
-            reason
-            or self.stop_reason
-            or (
-                f"max_steps={plan.max_steps} reached" if self.epoch < self.last_epoch else f"{plan.epochs} epochs done"
-            )
-        )
+        reason = self.stop_reason or plan.goal(by_steps=self.epoch < self.last_epoch)
+        if self.interrupted:
+            reason = f"interrupted by {self.interrupted.name}"
         if isinstance(error, GeneratorExit):
             reason = f"the loop was left in epoch {self.epoch}"
         elif error is not None:
@@ -537,7 +536,7 @@ class Engine(Announcer):
 
     # Checks --------------------------------------------------------------------------------------------
 
-    def _expect(self, train: Data, val: Data | None) -> None:
+    def _expect(self, plan: Plan, train: Data, val: Data | None) -> None:
         """Refuse what a fit could not run with, before it begins."""
         if self._step_function is None and type(self).training_step is Engine.training_step:
             raise ConfigurationError(
@@ -547,6 +546,8 @@ class Engine(Announcer):
         if val is not None:
             check_data("val", val)
         self.validates = val is not None
+        self.epoch_length = plan.epoch_length or num_batches(train)
+        self.validation_length = None if val is None else num_batches(val)
 
     def _validate(self, val: Data | None) -> None:
         if val is not None and not self.interrupted:
@@ -563,6 +564,7 @@ class Engine(Announcer):
             return None
         if self._seeded is None or self._seeded.data is not data:
             self._seeded = SeededLoader(data, self.seed)
+            self._seeded.check_repeats()
         return self._seeded
 
     def data_state(self) -> dict[str, Any] | None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+STAGES = {"train": "training", "val": "validation"}  # as people say
+
+
 class History(Mapping[str, list[float]]):
     """The values of a run, by column: ``history["val_acc"]`` is a list with one plain float per epoch.
 
@@ -116,8 +119,7 @@ class History(Mapping[str, list[float]]):
         ):
             points = [(row[unit], row[f"{stage}_{name}"]) for row in rows if f"{stage}_{name}" in row]
             if points:
-                label = {"train": "training", "val": "validation"}[stage]
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=label)
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=STAGES[stage])
         axes.set(title=name, xlabel=unit, ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

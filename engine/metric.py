@@ -58,7 +58,7 @@ class ComputedMetric:
                 self.metric.to(output.device)
             self.metric.update(output, target)
         else:
-            self.metric.update((output, target))
+            self.metric.update(self.metric._output_transform((output, target)))
         self._updated = True
 
     def compute(self, name: str) -> dict[str, Any]:
@@ -68,7 +68,15 @@ class ComputedMetric:
         value = self.metric.compute()
         if isinstance(value, Mapping):
             return {f"{name}_{key}": item for key, item in value.items()}
-        return {name: value if isinstance(value, Tensor) else torch.as_tensor(value)}
+        if not isinstance(value, Tensor | int | float):
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ConfigurationError(
+                    f'The metric "{name}" gave {value!r}, which is neither a number nor a tensor. '
+                    "Compute it by yourself, from what predict returns."
+                ) from None
+        return {name: value}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the batches so far have left in the metric."""

@@ -11,16 +11,22 @@ position): nothing has to be run again, and the number of workers does not matte
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, get_worker_info
 
+from .batch import tree_map
 from .errors import ConfigurationError, DataError
 from .rng import generator_states, mix, own_rng, rng_state, seed_everything, set_generator_states, set_rng_state
+from .signals import patient_worker
+
+logger = logging.getLogger("camshaft")
 
 Data = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -57,10 +63,15 @@ def num_batches(data: object) -> int | None:
 
 
 def one_pass(data: Data) -> Iterator[Any]:
-    """Return a fresh iterator over the batches."""
-    if isinstance(data, Iterable):
-        return iter(data)
-    return iter(data())
+    """Return a fresh iterator over the batches; a loader's workers outlive the first signal."""
+    if isinstance(data, DataLoader) and data.num_workers > 0:
+        given = data.worker_init_fn
+        data.worker_init_fn = partial(patient_worker, given)
+        try:
+            return iter(data)
+        finally:
+            data.worker_init_fn = given
+    return iter(data if isinstance(data, Iterable) else data())
 
 
 class Pass:
@@ -141,9 +152,10 @@ class SeededLoader:
     def __init__(self, data: DataLoader[Any], seed: int) -> None:
         loader = self.data = data
         self._batches = _PositionedBatches(loader, seed)
+        self._dataset = _SeededDataset(loader.dataset, seed)
         self._loader = _like(
             loader,
-            dataset=_SeededDataset(loader.dataset, seed),
+            dataset=self._dataset,
             batch_sampler=self._batches,
             generator=torch.Generator().manual_seed(mix(seed, 0, 0) % 2**63),  # iterating leaves the global one alone
             persistent_workers=loader.persistent_workers,
@@ -152,7 +164,19 @@ class SeededLoader:
     def begin(self, epoch: int, *, skip: int) -> Iterator[Any]:
         """Return an iterator over the epoch's batches behind the first ``skip``."""
         self._batches.epoch, self._batches.skip = epoch, skip
-        return iter(self._loader)
+        return one_pass(self._loader)
+
+    def check_repeats(self) -> None:
+        """Read the first batch twice under one seed, and warn if it differs: something draws from elsewhere."""
+        tagged = next(iter(self._batches), None)
+        if tagged is None:
+            return
+        once, again = (self._dataset.__getitems__(tagged[:2]) for _ in range(2))
+        if not _alike(once, again):
+            logger.warning(
+                "The same sample, read twice under one seed, differs: the dataset draws from a generator of its own. "
+                "Give it a method set_sample_seed(seed), or a resumed run will see other augmentation."
+            )
 
     @staticmethod
     def fits(data: object) -> TypeGuard[DataLoader[Any]]:
@@ -272,8 +296,8 @@ def _behind(data: Data, num: int, then: Callable[[], None]) -> Iterator[Any]:
     """Return an iterator behind the first ``num`` batches, not loading them where that can be helped."""
     if _has_positions(data):
         if data.batch_sampler is not None:
-            return iter(_like(data, batch_sampler=_Behind(data.batch_sampler, num, then)))
-        return iter(_like(data, sampler=_Behind(data.sampler, num, then), batch_size=None))
+            return one_pass(_like(data, batch_sampler=_Behind(data.batch_sampler, num, then)))
+        return one_pass(_like(data, sampler=_Behind(data.sampler, num, then), batch_size=None))
     if isinstance(data, Sequence):
         then()
         return itertools.islice(data, num, None)
@@ -300,6 +324,15 @@ def _like(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
     if hasattr(loader, "in_order"):  # since torch 2.6
         same["in_order"] = loader.in_order
     return DataLoader(**{**same, **changed})
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Return whether two samples hold the same tensors; other values are not compared."""
+    ours: list[torch.Tensor] = []
+    theirs: list[torch.Tensor] = []
+    tree_map(ours.append, one)
+    tree_map(theirs.append, other)
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _has_positions(data: object) -> TypeGuard[DataLoader[Any]]:

@@ -48,6 +48,12 @@ class Plan:
             )
         self.validation_interval()
 
+    def goal(self, *, by_steps: bool) -> str:
+        """Return, in words, what was reached."""
+        if by_steps:
+            return f"max_steps={self.max_steps} reached"
+        return f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} done"
+
     def reaches_further(self, epochs: int | None = None, max_steps: int | None = None) -> bool:
         """Return whether this plan goes beyond one of so many epochs and steps."""
         return (self.epochs or math.inf) > (epochs or math.inf) or (self.max_steps or math.inf) > (

@@ -77,6 +77,7 @@ class Record:
         self.meters: dict[str, AverageMeter] = {}
         self.computed: dict[str, ComputedMetric] = {}
         self.functions: dict[str, FunctionMetric] = {}
+        self._measuring = False
         self._arriving: _Arriving | None = None
         self._arrived: dict[str, float] = {}
         for name, metric in (metrics or {}).items():
@@ -101,18 +102,28 @@ class Record:
         for name, value in values.items():
             meter = self.meters.get(name)
             if meter is None:
-                meter = self.meters[name] = AverageMeter()
+                meter = self._new_meter(name)
             try:
                 meter.update(value, weight)
             except (DataError, TypeError) as error:
                 raise DataError(_not_a_number(name, value)) from error
+
+    def _new_meter(self, name: str) -> AverageMeter:
+        if name in self.computed or (name in self.functions and not self._measuring):
+            raise DataError(
+                f'A value named "{name}" was recorded, which is a metric\'s name. Record it under another.'
+            )
+        self.meters[name] = AverageMeter()
+        return self.meters[name]
 
     def measure(self, output: Any, target: Any, weight: float) -> None:
         """Update every metric with one batch; no gradients are recorded."""
         if self.functions:
             with torch.no_grad():
                 values = {name: metric(output, target) for name, metric in self.functions.items()}
+            self._measuring = True
             self.add(values, weight)
+            self._measuring = False
         for metric in self.computed.values():
             metric.update(output, target)
 
@@ -123,7 +134,10 @@ class Record:
         """
         values: dict[str, Any] = {name: meter.sum for name, meter in self.meters.items()}
         for name, metric in self.computed.items():
-            values |= metric.compute(name)
+            computed = metric.compute(name)
+            if taken := values.keys() & computed.keys():
+                raise DataError(f'The metric "{name}" gives {sorted(taken)}, which is taken. Give it another name.')
+            values |= computed
         values = _to_host(values)
         return {
             name: value / self.meters[name].count if name in self.meters else value for name, value in values.items()

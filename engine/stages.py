@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from .errors import ConfigurationError
 from .metric import Metric, as_metrics, higher_is_better
 from .record import Record
 
 
 class Stages:
-    """The records of the stages ("train", "val", "test"), and the metrics of which each has its own copy.
-
-    Attributes:
-        directions: for values that every stage is known to record besides its metrics, whether more is better.
-    """
+    """The records of the stages ("train", "val", "test"), and the metrics of which each has its own copy."""
 
     def __init__(self) -> None:
-        self.directions: dict[str, bool] = {}
+        self.directions: dict[str, bool | None] = {}
         self._metrics: dict[str, Metric] = {}
         self._records: dict[str, Record] = {}
 
-    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+    def add_metrics(self, metrics: Mapping[str, Any] | nn.ModuleDict) -> None:
         """Add metrics by name; they are updated by ``engine.measure`` and computed at the end of each stage.
 
         Raises:
@@ -32,6 +30,13 @@ class Stages:
             if name in self._metrics or name in self.directions:
                 raise ConfigurationError(f'Two metrics are named "{name}". Give one of them another name.')
             self._metrics[name] = metric
+
+    def declare(self, name: str, *, higher_is_better: bool | None = None) -> None:
+        """Say that every stage will record this value besides its metrics, and whether more of it is better.
+
+        A `Trainer` declares its loss. Declare what a handler of yours records, and others can watch it.
+        """
+        self.directions[name] = higher_is_better
 
     def __getitem__(self, stage: str) -> Record:
         """Return the stage's record, made on first request."""

@@ -11,7 +11,6 @@ from torch import nn
 
 from .checkpoint import CheckpointDirectory, bare, check_plain, load_verified, weight_differences
 from .errors import CheckpointError, ConfigurationError
-from .order import exactness
 from .rng import SEED_VERSION, rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -168,8 +167,3 @@ def _stateful_parts(engine: Engine) -> dict[str, Any]:
 
 def _bare_part(part: Any) -> Any:
     return bare(part) if isinstance(part, nn.Module) else part
-
-
-def describe_exactness(engine: Engine, data: Any) -> str:
-    """Return, in words, how exactly a run over ``data`` can be resumed."""
-    return exactness(data, seeded=engine.seeded_view(data) is not None)

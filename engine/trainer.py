@@ -58,7 +58,7 @@ class Trainer(Engine):
         optimizer: torch.optim.Optimizer,
         loss_fn: Loss,
         *,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | nn.ModuleDict | None = None,
         callbacks: Iterable[Callback] = (),
         seed: int | None = None,
         prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch,
@@ -71,7 +71,7 @@ class Trainer(Engine):
         _check_optimizer(optimizer, self)
         self.prepare_batch = prepare_batch
         self._loss_arity = _num_required(loss_fn)
-        self.stages.directions["loss"] = False  # a trainer minimises it by definition
+        self.stages.declare("loss", higher_is_better=False)
         self.stages.add_metrics(metrics or {})
         self.subscribe(FitStart, self._before_training)
         for callback in callbacks:

@@ -139,11 +139,14 @@ class Update:
             if not skips:
                 optimizer.step()
             return not skips
-        scale = self.scaler.get_scale()
+        stepped: list[bool] = []
+        hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
+        scale = self.scaler.get_scale() if _decides_on_device(optimizer) else None
         if not skips:
             self.scaler.step(optimizer)
         self.scaler.update()
-        return not skips and self.scaler.get_scale() >= scale  # it shrinks when torch has skipped
+        hook.remove()
+        return bool(stepped) and (scale is None or self.scaler.get_scale() >= scale)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = self._engine.parts.get("optimizer")
@@ -153,6 +156,11 @@ class Update:
             f"engine.update needs a part named optimizer, but the parts are: {', '.join(self._engine.parts)}. "
             "Write Engine(step, model=model, optimizer=optimizer)."
         )
+
+
+def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a fused optimizer skips by itself, so that only the scale, which then shrinks, can tell."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def check_loss(loss: object, engine: Engine) -> None:

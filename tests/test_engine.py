@@ -377,7 +377,7 @@ def test_a_failing_step_ends_the_run_with_its_own_error_and_place() -> None:
         engine.fit([1, 2, 3], epochs=5)
     assert caught.value.__notes__ == ["At step 5, batch 2 of epoch 2."]
     assert seen[-2:] == ["RunFailed", "FitEnd"]
-    assert engine.fit([1], epochs=1).reason == "1 epochs done"
+    assert engine.fit([1], epochs=1).reason == "1 epoch done"
 
 
 def test_every_handler_hears_the_end_even_if_one_fails_there() -> None:
@@ -391,7 +391,7 @@ def test_every_handler_hears_the_end_even_if_one_fails_there() -> None:
     engine.subscribe(FitEnd, lambda event: heard.append(event.reason))
     with pytest.raises(OSError, match="disk"):
         engine.fit(loader(), epochs=1)
-    assert heard == ["1 epochs done"]
+    assert heard == ["1 epoch done"]
 
 
 def test_a_failure_at_the_end_does_not_hide_the_failure_before() -> None:

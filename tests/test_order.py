@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from camshaft.engine import ConfigurationError, DataError, Engine, repeat
-from camshaft.engine.order import check_data, num_batches
+from camshaft.engine.order import Pass, SeededLoader, check_data, exactness, num_batches
+from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
+
+GOLDEN_MIX = [17650578182555822980, 8764810008325594656, 13683858685767402644]
+GOLDEN_ORDER = [2.0, 4.0, 5.0, 0.0, 3.0, 1.0]
 
 
 class Stream(IterableDataset[int]):
@@ -68,3 +75,159 @@ def test_repeat_begins_a_fresh_pass_each_time() -> None:
     assert engine.step == 10
     with pytest.raises(DataError, match="without a single batch"):
         repeat([])
+
+
+class Doubled(Dataset[Tensor]):
+    """Reads a sample with random numbers from every generator."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([index, torch.rand(()), random.random(), float(np.random.rand())], dtype=torch.float64)
+
+
+def read(loader: Any, epoch: int = 1, skip: int = 0, seed: int = 5) -> list[Tensor]:
+    return list(SeededLoader(loader, seed).begin(epoch, skip=skip))
+
+
+@pytest.mark.parametrize("settings", [{"shuffle": True}, {"shuffle": False}, {"shuffle": True, "drop_last": True}])
+def test_a_seeded_pass_is_the_same_with_any_number_of_workers_and_behind_any_batch(settings: dict[str, Any]) -> None:
+    through = read(DataLoader(Doubled(11), 3, **settings))
+    assert len(through) == (3 if settings.get("drop_last") else 4)
+    for workers, skip in ((0, 0), (0, 2), (2, 0), (2, 1)):
+        again = read(DataLoader(Doubled(11), 3, num_workers=workers, **settings), skip=skip)
+        assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through[skip:]]
+
+
+def test_a_seeded_pass_leaves_the_global_generators_alone_and_visits_every_sample_once() -> None:
+    before = torch.get_rng_state(), random.getstate()
+    first, second = (torch.cat(read(DataLoader(Doubled(11), 3, shuffle=True), epoch=epoch)) for epoch in (1, 2))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == list(range(11))
+    assert first[:, 0].tolist() != second[:, 0].tolist()
+    assert not set(first[:, 1].tolist()) & set(second[:, 1].tolist())
+
+
+def test_the_mixing_and_the_order_are_frozen() -> None:
+    """A change would make old checkpoints resume with other data: then `SEED_VERSION` must change, too."""
+    assert SEED_VERSION == 1
+    assert [mix(0, 1, 2), mix(7, 1, 2), mix(2**63, 10**6, 10**9)] == GOLDEN_MIX
+    order = torch.cat(read(DataLoader(Doubled(6), 2, shuffle=True), seed=0))[:, 0].tolist()
+    assert order == GOLDEN_ORDER
+
+
+def test_a_sampler_of_someone_elses_is_seeded_too() -> None:
+    weighted = WeightedRandomSampler([1.0] * 11, num_samples=8)
+    through = read(DataLoader(Doubled(11), 3, sampler=weighted))
+    again = read(DataLoader(Doubled(11), 3, sampler=weighted), skip=1)
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through[1:]]
+
+
+def test_a_dataset_with_a_generator_of_its_own_is_told_the_seed() -> None:
+    class Own(Doubled):
+        def set_sample_seed(self, seed: int) -> None:
+            self.generator = random.Random(seed)
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.tensor([index, self.generator.random()], dtype=torch.float64)
+
+    through = read(DataLoader(Own(9), 3, shuffle=True))
+    assert torch.cat(read(DataLoader(Own(9), 3, shuffle=True), skip=2)).tolist() == through[2].tolist()
+
+
+def test_a_sample_that_raises_says_where_it_stands() -> None:
+    class Broken(Doubled):
+        def __getitem__(self, index: int) -> Tensor:
+            raise OSError("unreadable")
+
+    with pytest.raises(OSError, match="unreadable") as caught:
+        read(DataLoader(Broken(4), 2), epoch=3, skip=1)
+    assert caught.value.__notes__ == ["While reading sample 2, at position 2 of epoch 3."]
+
+
+def resumed(data: Any, batches: int = 6, cut: int = 4) -> tuple[list[Any], list[Any]]:
+    """Return the batches of a pass behind ``cut``, read through and resumed."""
+    first = Pass(data, seeded=None, epoch=1, step=0)
+    through = [next(first.iterator) for _ in range(cut)]
+    state, now = first.state_dict(cut), rng_state()
+    through += list(first.iterator)
+    set_rng_state(now)
+    again = Pass.resume(data, state, seeded=None, step=cut)
+    assert len(through) == batches
+    return through[cut:], list(again.iterator)
+
+
+def test_batches_in_a_list_are_skipped_by_slicing() -> None:
+    through, again = resumed([1, 2, 3, 4, 5, 6])
+    assert again == through == [5, 6]
+
+
+def test_an_iterable_is_replayed() -> None:
+    through, again = resumed(lambda: iter("abcdef"))
+    assert again == through == ["e", "f"]
+    through, again = resumed(DataLoader(Stream(), batch_size=1))
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through] == [[4], [5]]
+
+
+def test_a_loader_with_generators_of_its_own_resumes_with_them() -> None:
+    loader = DataLoader(Doubled(12), 2, shuffle=True, generator=torch.Generator().manual_seed(3))
+    through, again = resumed(loader)
+    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through]
+
+
+def test_a_loader_without_batching_resumes_behind_its_samples() -> None:
+    through, again = resumed(DataLoader(Doubled(6), batch_size=None, shuffle=True))
+    assert [sample.tolist() for sample in again] == [sample.tolist() for sample in through]
+
+
+def test_a_loader_with_a_state_of_its_own_is_asked_for_it() -> None:
+    class Stateful:
+        """Counts for itself, and would give other batches if it were replayed."""
+
+        def __init__(self) -> None:
+            self.position = 0
+
+        def __iter__(self) -> Iterator[int]:
+            while self.position < 6:
+                self.position += 1
+                yield self.position
+
+        def state_dict(self) -> dict[str, int]:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.position = state["position"]
+
+    through, again = resumed(Stateful())
+    assert again == through == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("data", "seeded", "words"),
+    [
+        (DataLoader(Doubled(4)), False, "bit-identical"),
+        (DataLoader(Doubled(4), num_workers=2), False, "same order"),
+        (DataLoader(Doubled(4), num_workers=2), True, "bit-identical"),
+        ([1, 2], False, "bit-identical"),
+        (DataLoader(Stream()), False, "replayed"),
+    ],
+)
+def test_how_exactly_a_run_can_be_resumed_is_said_in_words(data: Any, seeded: bool, words: str) -> None:
+    assert exactness(data, seeded=seeded).startswith(words)
+
+
+def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Elsewhere(Doubled):
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.tensor([index, random.SystemRandom().random()])
+
+    SeededLoader(DataLoader(Elsewhere(4), 2), 0).check_repeats()
+    assert "differs: the dataset draws from a generator of its own. Give it a method set_sample_seed" in caplog.text
+    caplog.clear()
+    SeededLoader(DataLoader(Doubled(4), 2), 0).check_repeats()
+    assert not caplog.text
