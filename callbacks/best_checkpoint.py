@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart
+from camshaft.engine import Callback, CheckpointError, ConfigurationError, Engine, FitEnd, FitStart
 from camshaft.engine.checkpoint import bare, ensure_writable, load_weights, save_together
 from camshaft.engine.errors import whole_number
 
@@ -95,6 +96,11 @@ class BestCheckpoint(Callback):
         run_directory = event.engine.directory
         self.directory = self._wanted_directory or (run_directory and run_directory / "checkpoints")
         if self.directory is not None:
+            others = [c for c in event.engine.callbacks if isinstance(c, BestCheckpoint) and c is not self]
+            if any(other.directory == self.directory for other in others):
+                raise ConfigurationError(
+                    f"Two BestCheckpoints write {self.directory / 'best.pt'}. Pass each a directory of its own."
+                )
             ensure_writable(self.directory, "BestCheckpoint")
             if (self.directory / "best.pt").exists() and not self.kept and not event.engine.resumes:
                 logger.warning(
@@ -108,13 +114,20 @@ class BestCheckpoint(Callback):
             logger.info("Best %s %.6g at epoch %d, step %d%s", self.monitor.name, best.value, best.epoch, best.step,
                         f"  {self.path}" if self.path else "")  # fmt: skip
             if self.restore:
-                load_weights(event.engine.parts["model"], self.weights(), str(self.path or "The best checkpoint"))
+                self._load_into(event.engine)
+
+    def _load_into(self, engine: Engine) -> None:
+        source = str(self.path or "The best checkpoint")
+        load_weights(engine.parts["model"], self.weights(), source)
+        if (average := engine.parts.get("weight_average")) is not None:
+            load_weights(average.module, self.weights(), source)  # or evaluations would use a later average
 
     def weights(self) -> dict[str, Any]:
         """Return the best weights.
 
         Raises:
             ConfigurationError: if no value has been best yet.
+            CheckpointError: if the file is damaged or gone.
         """
         if self._in_memory is not None:
             return self._in_memory
@@ -122,7 +135,12 @@ class BestCheckpoint(Callback):
             raise ConfigurationError(
                 f"No best weights exist: {self.monitor.name} has had no value that is a number. Train first."
             )
-        weights: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
+        try:
+            weights: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{self.path} cannot be loaded: {error!r}. Train again, or load another file by yourself."
+            ) from error
         return weights
 
     def _check(self, engine: Engine, value: float) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
-from camshaft.engine.errors import whole_number
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart
+from camshaft.engine.errors import is_number, whole_number
 
 from .monitor import Mode, Monitor
 
@@ -47,24 +47,31 @@ class EarlyStopping(Callback):
     ) -> None:
         self.monitor = Monitor("EarlyStopping", monitor, mode)
         self.patience = whole_number("EarlyStopping's patience", patience, least=1)
-        if not (isinstance(min_delta, int | float) and 0 <= min_delta < math.inf):
-            raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
         if on_nan not in ("count", "stop"):
             raise ConfigurationError(f'EarlyStopping has on_nan={on_nan!r}. Write "count" or "stop".')
+        if not (is_number(min_delta) and min_delta >= 0):
+            raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
         self.min_delta = min_delta
         self.on_nan = on_nan
         self.best = math.nan
         self.best_epoch = 0
         self.num_checks_without_gain = 0
+        self._run_is_over = False
 
     def attach(self, engine: Engine) -> None:
         """Watch the value."""
         super().attach(engine)
         self.monitor.attach(engine, self._check)
 
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Remember that a further run is another one."""
+        self._run_is_over = True
+
     def on_fit_start(self, event: FitStart) -> None:
-        """Begin each run with the whole patience; a resumed run gets its count back afterwards."""
-        self.num_checks_without_gain = 0
+        """Begin a further run with the whole patience."""
+        if self._run_is_over:
+            self.num_checks_without_gain = 0
+            self._run_is_over = False
 
     def _check(self, engine: Engine, value: float) -> None:
         name = self.monitor.name
@@ -93,6 +100,7 @@ class EarlyStopping(Callback):
         self.best = state["best"]
         self.best_epoch = state["best_epoch"]
         self.num_checks_without_gain = state["num_checks_without_gain"]
+        self._run_is_over = False
 
     def __repr__(self) -> str:
         return f"EarlyStopping({self.monitor.name!r}, mode={self.monitor.mode!r}, patience={self.patience})"

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, GradientsReady, until
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady
 from camshaft.engine.errors import whole_number
 
 
@@ -24,6 +24,8 @@ class Accumulate(Callback):
         ConfigurationError: unless exactly one of them is given, and is at least 1.
     """
 
+    needs_update = True
+
     def __init__(self, batches: int | None = None, *, samples: int | None = None) -> None:
         if (batches is None) == (samples is None):
             raise ConfigurationError(
@@ -37,7 +39,6 @@ class Accumulate(Callback):
         super().attach(engine)
         if engine.update.window_batches > 1 or engine.update.window_samples is not None:
             raise ConfigurationError("The engine has an Accumulate already. Attach one.")
-        engine.subscribe(EpochEnd, _check_used, when=until(1))
         engine.update.window_batches = self.batches or 1
         engine.update.window_samples = self.samples
 
@@ -56,6 +57,8 @@ class ClipGradients(Callback):
         ConfigurationError: unless exactly one of them is given, positive and finite.
     """
 
+    needs_update = True
+
     def __init__(self, norm: float | None = None, *, value: float | None = None) -> None:
         if (norm is None) == (value is None):
             raise ConfigurationError(
@@ -66,11 +69,6 @@ class ClipGradients(Callback):
             raise ConfigurationError(f"ClipGradients got a limit of {limit!r}. Pass a finite number above 0.")
         self.norm = norm
         self.value = value
-
-    def attach(self, engine: Engine) -> None:
-        """Hear of the gradients."""
-        super().attach(engine)
-        engine.subscribe(EpochEnd, _check_used, when=until(1))
 
     def on_gradients_ready(self, event: GradientsReady) -> None:
         """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
@@ -83,12 +81,3 @@ class ClipGradients(Callback):
 
     def __repr__(self) -> str:
         return f"ClipGradients(norm={self.norm}, value={self.value})"
-
-
-def _check_used(event: EpochEnd) -> None:
-    """Refuse a step that goes past ``engine.update``, where windows and clipping happen."""
-    if not event.engine.num_updates and not event.engine.num_skipped_updates:
-        raise ConfigurationError(
-            "Accumulate and ClipGradients had no effect in the first epoch, for the step never called engine.update. "
-            "Write engine.update(loss) in place of loss.backward(), optimizer.step() and optimizer.zero_grad()."
-        )

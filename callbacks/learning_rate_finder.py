@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, Trainer
-from camshaft.engine.errors import whole_number
+from camshaft.engine.errors import is_number, whole_number
 from camshaft.engine.order import Data, repeat
-from camshaft.engine.rng import own_rng
+from camshaft.engine.rng import generator_states, own_rng, set_generator_states
 
 from .placement import Placement
 from .precision import MixedPrecision
@@ -42,10 +42,10 @@ class LearningRateFinder:
     def __init__(
         self, min_lr: float = 1e-6, max_lr: float = 10.0, *, num_steps: int = 100, smoothing: float = 0.8
     ) -> None:
-        if not 0 < min_lr < max_lr < math.inf:
-            raise ConfigurationError(f"The range is {min_lr} to {max_lr}. Pass 0 < min_lr < max_lr.")
-        if not 0 <= smoothing < 1:
-            raise ConfigurationError(f"smoothing is {smoothing}. Pass a number from 0 to below 1.")
+        if not (is_number(min_lr) and is_number(max_lr) and 0 < min_lr < max_lr):
+            raise ConfigurationError(f"The range is {min_lr!r} to {max_lr!r}. Pass 0 < min_lr < max_lr.")
+        if not (is_number(smoothing) and 0 <= smoothing < 1):
+            raise ConfigurationError(f"smoothing is {smoothing!r}. Pass a number from 0 to below 1.")
         self.min_lr = min_lr
         self.max_lr = max_lr
         self.num_steps = whole_number("num_steps", num_steps, least=10)
@@ -60,6 +60,10 @@ class LearningRateFinder:
         Raises:
             DataError: if the loss never fell.
         """
+        if not isinstance(trainer, Trainer):
+            raise ConfigurationError(
+                f"LearningRateFinder runs on a Trainer, and got a {type(trainer).__name__}. Pass one."
+            )
         model, optimizer, loss_fn = copy.deepcopy(
             (trainer.model, trainer.parts["optimizer"], trainer.parts["loss_fn"])
         )  # copied together, so that the optimizer holds the copy's parameters
@@ -70,9 +74,11 @@ class LearningRateFinder:
         scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=trainer.prepare_batch)
         self.learning_rates, self.losses = [], []
         scout.subscribe(StepEnd, self._look)
+        states = generator_states(train)
         with own_rng():
             self._set_rate(scout, 0)
             scout.fit(repeat(train), epochs=1, epoch_length=self.num_steps)
+        set_generator_states(train, states)
         self.suggestion = self._steepest()
         return self.suggestion
 
@@ -81,6 +87,8 @@ class LearningRateFinder:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        if not self.losses:
+            raise ConfigurationError("There is nothing to draw yet. Call run(trainer, train) first.")
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -98,7 +106,8 @@ class LearningRateFinder:
             loss = self.smoothing * self.losses[-1] + (1 - self.smoothing) * loss
         self.learning_rates.append(self._rate(scout.step - 1))
         self.losses.append(loss)
-        if not loss <= 4 * min(self.losses):  # also when it is NaN
+        best = min(self.losses)
+        if not loss <= best + 3 * abs(best):  # four times a positive best; also when it is NaN
             scout.stop("the loss has grown out of hand")
         self._set_rate(scout, scout.step)
 

@@ -27,6 +27,8 @@ class StopOnNonFinite(Callback):
         ConfigurationError: for settings that cannot work.
     """
 
+    needs_update = True
+
     def __init__(self, policy: Literal["raise", "stop", "skip"] = "raise", *, every_steps: int = 50) -> None:
         if policy not in ("raise", "stop", "skip"):
             raise ConfigurationError(f'StopOnNonFinite does not know {policy!r}. Write "raise", "stop" or "skip".')

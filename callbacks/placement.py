@@ -56,7 +56,7 @@ def _find(device: str | torch.device) -> torch.device:
         return torch.device(available[0])
     try:
         wanted = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         wanted = None
     if wanted is None or not _exists(wanted):
         raise ConfigurationError(

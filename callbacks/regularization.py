@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochStart, FitStart, LossReady
-from camshaft.engine.errors import whole_number
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochStart, LossReady
+from camshaft.engine.checkpoint import bare
+from camshaft.engine.errors import is_number, whole_number
 from camshaft.engine.parameters import Selection, is_weight, select_parameters
 
 
@@ -25,10 +27,12 @@ class Penalty(Callback):
         ConfigurationError: for factors that cannot work; at attachment for a name that matches no parameter.
     """
 
+    needs_update = True
+
     def __init__(self, *, l1: float = 0.0, l2: float = 0.0, parameters: Selection = is_weight) -> None:
-        if not (l1 >= 0 and l2 >= 0 and l1 + l2 > 0):
+        if not (is_number(l1) and is_number(l2) and min(l1, l2) >= 0 and max(l1, l2) > 0):
             raise ConfigurationError(
-                f"Penalty got l1={l1} and l2={l2}. Pass numbers of at least 0, one of them above."
+                f"Penalty got l1={l1!r} and l2={l2!r}. Pass numbers of at least 0, one of them above."
             )
         self.l1 = l1
         self.l2 = l2
@@ -76,13 +80,17 @@ class FreezeUntil(Callback):
         """Choose the parameters."""
         super().attach(engine)
         self._chosen = select_parameters(_model(engine, "FreezeUntil"), self._which)
-
-    def on_fit_start(self, event: FitStart) -> None:
-        """Freeze, unless the run goes on in the epoch or behind it."""
-        self._set(learns=event.engine.epoch >= self.epoch)
+        optimizer = engine.parts.get("optimizer")
+        if isinstance(optimizer, torch.optim.Optimizer):
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if missing := [name for name, parameter in self._chosen.items() if id(parameter) not in held]:
+                raise ConfigurationError(
+                    f"FreezeUntil is to thaw {', '.join(missing[:5])}, which the optimizer does not hold. "
+                    "Build the optimizer over all parameters that will ever learn."
+                )
 
     def on_epoch_start(self, event: EpochStart) -> None:
-        """Thaw when the epoch has come."""
+        """Freeze before the epoch, thaw from it on."""
         self._set(learns=event.engine.epoch >= self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,6 +104,8 @@ class FreezeUntil(Callback):
     def _set(self, *, learns: bool) -> None:
         for parameter in self._chosen.values():
             parameter.requires_grad_(learns)
+            if not learns:
+                parameter.grad = None  # one from before the run would move it
 
     def __repr__(self) -> str:
         return f"FreezeUntil({self.epoch}, {len(self._chosen)} parameters)"
@@ -105,4 +115,4 @@ def _model(engine: Engine, owner: str) -> nn.Module:
     model: Any = engine.modules().get("model")
     if model is None:
         raise ConfigurationError(f"{owner} needs the model. Write Engine(step, model=model, ...).")
-    return model  # type: ignore[no-any-return]  # modules() holds modules
+    return bare(model)

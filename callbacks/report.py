@@ -66,7 +66,7 @@ class Report(Callback):
             try:
                 figure.savefig(path, dpi=120)
             except OSError as error:
-                logger.warning("Report could not write %s: %s.", path, error)
+                logger.warning("Report could not draw %s: %s.", path, error)
 
     def _names(self, num_classes: int) -> Sequence[str] | None:
         if self.class_names is not None and len(self.class_names) != num_classes:
@@ -107,10 +107,15 @@ def draw_confusion(matrix: Tensor, *, title: str = "", class_names: Sequence[str
             for column, count in enumerate(counts):
                 if count:
                     colour = "white" if shares[row][column] > 0.5 else "black"
-                    axes.text(column, row, f"{count:.10g}", ha="center", va="center", color=colour, fontsize=8)
+                    axes.text(column, row, _cell(count), ha="center", va="center", color=colour, fontsize=8)
     shown = range(0, num_classes, -(-num_classes // 40))  # 40 names at most
     labels = [names[number] for number in shown]
     axes.set_xticks(shown, labels, rotation=90 if max(map(len, labels)) > 3 else 0)
     axes.set_yticks(shown, labels)
     axes.set(title=title, xlabel="predicted", ylabel="true")
     return figure
+
+
+def _cell(count: float) -> str:
+    """Counts in full, shares with two decimals."""
+    return f"{count:.0f}" if float(count).is_integer() else f"{count:.2f}"

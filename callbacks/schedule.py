@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, UpdateEnd
-from camshaft.engine.errors import whole_number
+from camshaft.engine.errors import is_number, whole_number
 
 from .monitor import Monitor
 
@@ -52,6 +52,8 @@ class Schedule(Callback):
         self._given = scheduler
         self.per = per
         self.monitor = monitor
+        self.needs_update = per == "update" and monitor is None
+        self._updates = (0, 0)
         self.scheduler: LRScheduler | None = scheduler if isinstance(scheduler, LRScheduler) else None
 
     def attach(self, engine: Engine) -> None:
@@ -60,7 +62,17 @@ class Schedule(Callback):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigurationError("Schedule needs the optimizer. Write Engine(step, optimizer=optimizer, ...).")
         if self.scheduler is None:
-            self.scheduler = self._given(optimizer)  # type: ignore[operator]  # not a scheduler: checked callable
+            made = self._given(optimizer)  # type: ignore[operator]  # not a scheduler: checked callable
+            if not isinstance(made, LRScheduler):
+                raise ConfigurationError(
+                    f"Schedule's function returned {made!r}, which is no scheduler. "
+                    "Return one: lambda optimizer: StepLR(optimizer, 10)."
+                )
+            self.scheduler = made
+        if engine.parts.get("scheduler") not in (None, self.scheduler):
+            raise ConfigurationError(
+                "The engine has a Schedule already. Attach one; torch's ChainedScheduler joins several."
+            )
         if self.scheduler.optimizer is not optimizer:
             raise ConfigurationError(
                 "Schedule's scheduler is over another optimizer than the run's. Build it over the same one."
@@ -81,7 +93,12 @@ class Schedule(Callback):
             engine.subscribe(EpochEnd, self._step)
 
     def _step(self, event: UpdateEnd | EpochEnd) -> None:
-        event.engine.parts["scheduler"].step()
+        engine = event.engine
+        before, self._updates = self._updates, (engine.num_updates, engine.num_skipped_updates)
+        if self._updates[0] == before[0] and self._updates[1] > before[1]:
+            return  # an epoch in which the loss scaler skipped every update
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def __repr__(self) -> str:
         name = "function" if self.scheduler is None else type(self.scheduler).__name__
@@ -105,6 +122,10 @@ def warmup_cosine(
     """
     whole_number("warmup", warmup, least=1)
     whole_number("total", total, least=warmup + 1)
+    if not (is_number(min_lr) and min_lr >= 0):
+        raise ConfigurationError(f"min_lr is {min_lr!r}. Pass a number of at least 0.")
+    if not (is_number(start_factor) and 0 < start_factor <= 1):
+        raise ConfigurationError(f"start_factor is {start_factor!r}. Pass a share above 0 and up to 1.")
     rise = LinearLR(optimizer, start_factor=start_factor, total_iters=warmup)
     fall = CosineAnnealingLR(optimizer, T_max=total - warmup, eta_min=min_lr)
     return SequentialLR(optimizer, [rise, fall], milestones=[warmup])

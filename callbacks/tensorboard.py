@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, ValidationEnd
 from camshaft.engine.checkpoint import ensure_writable
@@ -19,7 +19,7 @@ logger = logging.getLogger("camshaft")
 
 
 class TensorBoard(Callback):
-    """Writes each epoch's ``train_*`` values and each validation's ``val_*`` values, over steps, by tensorboardX.
+    """Writes each epoch's ``train_*`` values and each validation's ``val_*`` values, over steps, as tensorboardX does.
 
     A failure to write warns once and ends the writing, not the training.
 
@@ -32,7 +32,7 @@ class TensorBoard(Callback):
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self._wanted_directory = None if directory is None else Path(directory)
-        self._writer: Any = None
+        self._file: BinaryIO | None = None
 
     def attach(self, engine: Engine) -> None:
         """Open the event file for the length of each fit."""
@@ -49,18 +49,26 @@ class TensorBoard(Callback):
         self._add(train, event.engine.step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
-        if self._writer is None:
+        if self._file is None:
             return
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
         try:
             for name, value in scalars(values).items():
-                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-            self._writer.flush()
+                self._write(self._file, step=step, summary=scalar(name, value))
         except Exception as error:
             logger.warning("TensorBoard stops writing: %r. Training goes on.", error)
-            self._writer = None
+            self._file = None
+
+    def _write(self, file: BinaryIO, **fields: Any) -> None:
+        """Append one record; tensorboardX's own writer has a thread that dies on a full disk, and then all waits."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
+
+        event: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
+        header = struct.pack("<Q", len(event))
+        checks = [struct.pack("<I", masked_crc32c(part)) for part in (header, event)]
+        file.write(header + checks[0] + event + checks[1])
 
     @contextmanager
     def _open(self, engine: Engine) -> Iterator[None]:
@@ -70,17 +78,14 @@ class TensorBoard(Callback):
                 "TensorBoard has nowhere to write. Pass TensorBoard(directory), or add RunDirectory()."
             )
         ensure_writable(directory, "TensorBoard")
-        # Not its SummaryWriter: that writes on a thread, whose death on a full disk would block the training for ever.
-        from tensorboardX.event_file_writer import EventsWriter
-
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}.{engine.num_fits}")
-        try:
-            yield
-        finally:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                with contextlib.suppress(OSError):  # all values were flushed as they came
-                    writer.close()
+        name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{engine.num_fits}"
+        with open(directory / name, "ab", buffering=0) as file:  # each record is there at once
+            self._file = cast("BinaryIO", file)
+            self._write(self._file, file_version="brain.Event:2")
+            try:
+                yield
+            finally:
+                self._file = None
 
     def __repr__(self) -> str:
         return f"TensorBoard({str(self._wanted_directory) if self._wanted_directory else ''})"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, UpdateEnd
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, Trainer, UpdateEnd
+from camshaft.engine.batch import call_model, tree_map
 from camshaft.engine.checkpoint import bare
-from camshaft.engine.errors import whole_number
-from camshaft.engine.order import Data, one_pass
+from camshaft.engine.errors import is_number, whole_number
+from camshaft.engine.order import Data, check_data, one_pass
 from camshaft.engine.rng import own_rng
+
+Rule = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 
 
 class WeightAverage(Callback):
@@ -51,20 +54,28 @@ class WeightAverage(Callback):
     ) -> None:
         if kind not in ("ema", "swa"):
             raise ConfigurationError(f'WeightAverage does not know {kind!r}. Write "ema" or "swa".')
-        if not 0 < decay < 1:
-            raise ConfigurationError(f"WeightAverage has decay={decay}. Pass a number between 0 and 1, such as 0.999.")
+        if not (is_number(decay) and 0 < decay < 1):
+            raise ConfigurationError(
+                f"WeightAverage has decay={decay!r}. Pass a number between 0 and 1, such as 0.999."
+            )
         self.kind = kind
         self.decay = decay
         self.every = whole_number("WeightAverage's every", every, least=1)
         self.start = whole_number("WeightAverage's start", start, least=0)
         self.buffers = buffers
+        if batch_norm_data is not None:
+            check_data("WeightAverage's batch_norm_data", batch_norm_data)
         self.batch_norm_data = batch_norm_data
         self.load_at_end = load_at_end
+
+    needs_update = True
 
     def attach(self, engine: Engine) -> None:
         """Use the average in every evaluation."""
         if "model" not in engine.modules():
             raise ConfigurationError("WeightAverage needs the model. Write Engine(step, model=model, ...).")
+        if any(isinstance(callback, WeightAverage) for callback in engine.callbacks):
+            raise ConfigurationError("The engine has a WeightAverage already. Attach one.")
         super().attach(engine)
         engine.around("evaluation", lambda: self._swapped(engine))
 
@@ -73,7 +84,7 @@ class WeightAverage(Callback):
         parts = event.engine.parts
         if "weight_average" not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()
-            average = AveragedModel(bare(parts["model"]), multi_avg_fn=rule, use_buffers=self.buffers)
+            average = AveragedModel(bare(parts["model"]), multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
             parts["weight_average"] = average.requires_grad_(False)
 
     def on_update_end(self, event: UpdateEnd) -> None:
@@ -89,9 +100,8 @@ class WeightAverage(Callback):
         if average is None or not average.n_averaged:
             return
         if self.batch_norm_data is not None:
-            inputs = (_inputs(engine, batch) for batch in one_pass(self.batch_norm_data))
-            with own_rng():
-                update_bn(inputs, average.module, device=engine.device)
+            with own_rng(), torch.no_grad():
+                _compute_statistics(engine, average.module, self.batch_norm_data)
         if self.load_at_end:
             bare(engine.parts["model"]).load_state_dict(average.module.state_dict())
 
@@ -121,6 +131,33 @@ def _swap(model: nn.Module, average: nn.Module) -> None:
             a.data, b.data = b.data, a.data
 
 
-def _inputs(engine: Engine, batch: Any) -> Any:
-    prepare = getattr(engine, "prepare_batch", None)  # a Trainer has one
-    return batch if prepare is None else prepare(batch)[0]
+def _on_floats(rule: Rule) -> Rule:
+    """Return torch's rule for floating tensors; counters, such as a batch norm's, take the newest value."""
+
+    def average(averaged: Sequence[Tensor], newest: Sequence[Tensor], num_averaged: Any) -> None:
+        pairs = list(zip(averaged, newest, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        if floats:
+            rule([a for a, _ in floats], [b for _, b in floats], num_averaged)
+        for counter, value in pairs:
+            if not counter.is_floating_point():
+                counter.copy_(value)
+
+    return average
+
+
+def _compute_statistics(engine: Engine, module: nn.Module, data: Data) -> None:
+    """Compute batch-norm statistics anew, as torch's update_bn does, for models of any number of inputs."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    training = module.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over all batches
+    module.train()
+    for batch in one_pass(data) if norms else ():
+        inputs = engine.prepare_batch(batch)[0] if isinstance(engine, Trainer) else batch
+        call_model(module, tree_map(lambda tensor: tensor.to(engine.device), inputs))
+    module.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

@@ -54,6 +54,7 @@ class Announcer:
 
     def on(self, event: type[E], when: object = None) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
         """Subscribe the decorated function: ``@engine.on(StepEnd, when=every(100))``."""
+        self.dispatch.channel(event)  # refuses what is no event, as in @engine.on without its parentheses
 
         def decorate(handler: Callable[[E], object]) -> Callable[[E], object]:
             self.subscribe(event, handler, when)
@@ -82,6 +83,11 @@ class Announcer:
             raise ConfigurationError(
                 f'"{scope}" is not a scope. {did_you_mean(scope, get_args(Scope))}'
                 f"Write one of: {', '.join(get_args(Scope))}."
+            )
+        if not callable(manager) or isinstance(manager, AbstractContextManager):
+            raise ConfigurationError(
+                f'{manager!r} is no function, and the scope "{scope}" is entered again and again. '
+                "Pass a function that makes one: lambda: torch.autocast(...)."
             )
         self._managers.setdefault(scope, []).append(manager)
 

@@ -97,6 +97,19 @@ def tree_map(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Return the model's output: called with ``*inputs`` for a tuple, ``**inputs`` for a dict, else ``inputs``.
+
+    >>> call_model(lambda left, right: left + right, (1, 2))
+    3
+    """
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
 def concatenate(outputs: list[Any]) -> Any:
     """Join the outputs of many batches along their first dimension, through tuples and dicts.
 
@@ -151,4 +164,4 @@ def outline(value: Any) -> str:
     if isinstance(value, tuple | list):
         parts = ", ".join(outline(item) for item in value[:4])
         return f"a {type(value).__name__} of {len(value)} ({parts})"
-    return f"of type {type(value).__name__}"
+    return "None" if value is None else f"of type {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError, HandlerError, did_you_mean
@@ -24,6 +25,8 @@ class Callback:
     ...         print(f"EPOCH {event.engine.epoch}!")
     """
 
+    needs_update: bool = False  # whether it hears nothing from a step that goes past ``engine.update``
+
     def attach(self, engine: Engine) -> None:
         """Subscribe every ``on_*`` method of this object to its event.
 
@@ -33,7 +36,7 @@ class Callback:
             HandlerError: if a method matches no event, or cannot take one event.
         """
         events = known_events()
-        for name in dir(type(self)):
+        for name in dir(self):
             if not name.startswith("on_") or not callable(getattr(self, name)):
                 continue
             if name not in events:
@@ -52,6 +55,17 @@ class Callback:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def check_callbacks(callbacks: object) -> list[Callback]:
+    """Return ``callbacks`` as a list if it is one of callbacks.
+
+    Raises:
+        ConfigurationError: for a single callback, or for what is none.
+    """
+    if isinstance(callbacks, str | Callback) or not isinstance(callbacks, Iterable):
+        raise ConfigurationError(f"callbacks is {callbacks!r}, which is not a list. Write callbacks=[{callbacks!r}].")
+    return [check_callback(callback) for callback in callbacks]
 
 
 def check_callback(callback: object) -> Callback:

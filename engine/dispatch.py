@@ -229,7 +229,10 @@ def _check_handler(event: type[Event], handler: object) -> None:
     should = f'Write "def {getattr(handler, "__name__", "handler")}(event: {event.__name__})".'
     if isinstance(handler, type) or not callable(handler):
         raise HandlerError(f"{name} is not a function, but it is to handle {event.__name__}. {should}")
-    if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler):
+    called = handler if inspect.isroutine(handler) else type(handler).__call__
+    if any(
+        kind(called) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    ):
         raise HandlerError(f"{name}() is async or a generator, so a call would not run it. {should}")
     try:
         signature = inspect.signature(handler)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .announcer import Announcer
 from .batch import num_samples
-from .callback import Callback
+from .callback import Callback, check_callbacks
 from .checkpoint import CheckpointDirectory
 from .errors import ConfigurationError, DataError, EngineStateError, whole_number
 from .events import (
@@ -125,7 +125,7 @@ class Engine(Announcer):
         self._settled = self.dispatch.channel(Settled)
         self._validation_step_end = self.dispatch.channel(ValidationStepEnd)
         self.update = Update(self)
-        for callback in callbacks:
+        for callback in check_callbacks(callbacks):
             self.attach(callback)
 
     # The loop ------------------------------------------------------------------------------------------
@@ -373,6 +373,7 @@ class Engine(Announcer):
         self.stop_reason = self.interrupted = None
         self._set_goal(plan)
         self.dispatch.rewind()
+        self.update.reset()
         self._begin_modes()
         self.plan = plan
 
@@ -453,13 +454,15 @@ class Engine(Announcer):
         if self._require_run("train").epoch_length is None:
             self._pass = None
         elif not self._epoch_is_over():
-            raise DataError(
-                f"Data ended after {self.epoch_step} steps of epoch {self.epoch}, "
-                f"but epoch_length={self.epoch_length}. "
-                f"Pass epoch_length={self.epoch_step}, or repeat the data: fit(repeat(train), ...)."
-            )
+            raise DataError(_too_short(self.epoch_step, self.epoch_length, f"epoch {self.epoch}"))
         self._passed = True
+        self._flush()
+
+    def _flush(self) -> None:
+        """Make the update of a window that the epoch's end cut short; that is still training."""
+        self.stage, self._record = "train", self.stages["train"]
         self.update.flush()
+        self.stage, self._record = "", None
 
     def _epoch_is_over(self) -> bool:
         length = self._require_run("train").epoch_length
@@ -475,13 +478,24 @@ class Engine(Announcer):
         self._end_step()  # open still if the user's loop was left by a break
         if self.interrupted:
             return
-        self.update.flush()
+        self._flush()
+        self._check_updates()
         with own_rng():
             metrics = prefixed("train", self.stages["train"].compute()) | self.newest
             self.history.add_epoch(self.epoch, self.step, scalars(metrics))
             self.emit(EpochEnd(self, metrics))
         self.epoch_is_open = False
         self.emit(Settled(self))
+
+    def _check_updates(self) -> None:
+        """Refuse handlers that hear nothing because the step goes past ``engine.update``."""
+        if self.num_updates or self.num_skipped_updates:
+            return
+        if deaf := [repr(callback) for callback in self.callbacks if callback.needs_update]:
+            raise ConfigurationError(
+                f"{', '.join(deaf)} had no effect in this epoch, for the step never called engine.update. "
+                "Write engine.update(loss) in place of loss.backward(), optimizer.step() and optimizer.zero_grad()."
+            )
 
     def _announce_end(self, error: BaseException | None = None) -> None:
         plan = self._require_run("fit")
@@ -493,6 +507,10 @@ class Engine(Announcer):
         elif error is not None:
             reason = f"failed with {type(error).__name__}: {error}"
             error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
+            if "DataLoader worker" in str(error):  # torch interrupts whatever runs when a worker of its has died
+                error.add_note(
+                    "A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0."
+                )
         self.history.reason = reason
         self.history.interrupted = self.interrupted
         if error is not None and not isinstance(error, GeneratorExit):
@@ -546,7 +564,10 @@ class Engine(Announcer):
         if val is not None:
             check_data("val", val)
         self.validates = val is not None
-        self.epoch_length = plan.epoch_length or num_batches(train)
+        length = num_batches(train)
+        if length is not None and plan.epoch_length is not None and length < plan.epoch_length:
+            raise DataError(_too_short(length, plan.epoch_length, "an epoch"))
+        self.epoch_length = plan.epoch_length or length
         self.validation_length = None if val is None else num_batches(val)
 
     def _validate(self, val: Data | None) -> None:
@@ -598,5 +619,10 @@ class Engine(Announcer):
 
     def _add_reading_note(self, error: Exception, position: int) -> None:
         error.add_note(f"While reading batch {position} of the {self.stage} data in epoch {self.epoch}.")
-        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-            error.add_note("A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0.")
+
+
+def _too_short(num: int, epoch_length: int | None, where: str) -> str:
+    return (
+        f"Data ended after {num} steps of {where}, but epoch_length={epoch_length}. "
+        f"Pass epoch_length={num}, or repeat the data: fit(repeat(train), ...)."
+    )

@@ -13,7 +13,11 @@ Each message is one sentence of fact, with names and values, and one of what to 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import SupportsIndex, TypeGuard
 
 
 class CamshaftError(Exception):
@@ -52,6 +56,30 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f'Did you mean "{close[0]}"? ' if close else ""
 
 
+def can_take(function: Callable[..., object], num_arguments: int) -> bool:
+    """Return whether a function can be called with so many positional arguments, as far as can be known.
+
+    >>> can_take(lambda output, target: 0, 2), can_take(lambda: 0, 1)
+    (True, False)
+    """
+    try:
+        inspect.signature(function).bind(*range(num_arguments))
+    except TypeError:
+        return False
+    except ValueError:  # some built-in functions have no signature
+        return True
+    return True
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether ``value`` is a finite number: no string, no boolean, no NaN.
+
+    >>> is_number(0.1), is_number("0.1"), is_number(float("nan"))
+    (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def whole_number(name: str, value: object, *, least: int) -> int:
     """Return ``value`` if it is a whole number of at least ``least``, or refuse it by name.
 
@@ -61,8 +89,8 @@ def whole_number(name: str, value: object, *, least: int) -> int:
     >>> whole_number("patience", 3, least=1)
     3
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < least:
         raise ConfigurationError(
             f"{name} is {value!r}, but it counts something. Pass a whole number of at least {least}."
         )
-    return value
+    return operator.index(value)

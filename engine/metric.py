@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import tree_map
-from .errors import ConfigurationError, DataError
+from .errors import ConfigurationError, DataError, can_take
 
 FunctionMetric = Callable[[Any, Any], Tensor | float]
 
@@ -129,7 +129,7 @@ def as_metric(name: str, metric: Any) -> Metric:
         raise ConfigurationError(f"The metric {name!r} is the class {metric.__name__}. Did you forget ()?")
     if _comes_from("torchmetrics", metric) or _comes_from("ignite.metrics", metric):
         return ComputedMetric(name, metric)
-    if callable(metric):
+    if callable(metric) and can_take(metric, 2):
         return metric  # type: ignore[no-any-return]  # its arguments show at the first call
     raise ConfigurationError(
         f"The metric {name!r} is {metric!r}, which cannot be computed. "

@@ -8,19 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigurationError, did_you_mean
+from .errors import ConfigurationError, did_you_mean, is_number
 
 Selection = Iterable[str] | Callable[[str, nn.Parameter], bool]
 
 
 def is_weight(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a weight: biases and the scales of normalisation layers have one dimension.
+    """Return whether a parameter is a weight: it has several dimensions and is not called a bias.
+
+    The scales of normalisation layers have one dimension, but for a LayerNorm over several, which only
+    `select_parameters` can tell.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> [name for name, parameter in model.named_parameters() if is_weight(name, parameter)]
     ['0.weight']
     """
-    return parameter.ndim > 1
+    return parameter.ndim > 1 and not name.rpartition(".")[2].startswith("bias")
 
 
 def select_parameters(model: nn.Module, which: Selection) -> dict[str, nn.Parameter]:
@@ -38,12 +41,21 @@ def select_parameters(model: nn.Module, which: Selection) -> dict[str, nn.Parame
     """
     if isinstance(which, str):
         raise ConfigurationError(f"parameters is the string {which!r}. Pass a list: [{which!r}].")
+    if not callable(which) and not isinstance(which, Iterable):
+        raise ConfigurationError(f"parameters is {which!r}. Pass names, or a function (name, parameter) -> bool.")
     parameters = dict(model.named_parameters())
     if callable(which):
         chosen = {name: parameter for name, parameter in parameters.items() if which(name, parameter)}
+        if which is is_weight:
+            scales = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+            chosen = {name: parameter for name, parameter in chosen.items() if id(parameter) not in scales}
     else:
         chosen = {}
         for pattern in which:
+            if not isinstance(pattern, str):
+                raise ConfigurationError(
+                    f"parameters holds a {type(pattern).__name__}. Pass names, as in model.named_parameters()."
+                )
             matching = {name: p for name, p in parameters.items() if fnmatchcase(name, pattern)}
             if not matching:
                 raise ConfigurationError(
@@ -68,8 +80,8 @@ def decay_groups(model: nn.Module, weight_decay: float, which: Selection = is_we
     >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
     [(1, 1e-05), (1, 0.0)]
     """
-    if not weight_decay >= 0:
-        raise ConfigurationError(f"weight_decay is {weight_decay}. Pass a number of at least 0.")
+    if not (is_number(weight_decay) and weight_decay >= 0):
+        raise ConfigurationError(f"weight_decay is {weight_decay!r}. Pass a number of at least 0.")
     chosen = select_parameters(model, which)
     others = [parameter for name, parameter in model.named_parameters() if name not in chosen]
     return [

@@ -77,7 +77,6 @@ class Record:
         self.meters: dict[str, AverageMeter] = {}
         self.computed: dict[str, ComputedMetric] = {}
         self.functions: dict[str, FunctionMetric] = {}
-        self._measuring = False
         self._arriving: _Arriving | None = None
         self._arrived: dict[str, float] = {}
         for name, metric in (metrics or {}).items():
@@ -100,32 +99,27 @@ class Record:
             DataError: naming the value, if it is no number and no tensor of one element.
         """
         for name, value in values.items():
-            meter = self.meters.get(name)
-            if meter is None:
-                meter = self._new_meter(name)
-            try:
-                meter.update(value, weight)
-            except (DataError, TypeError) as error:
-                raise DataError(_not_a_number(name, value)) from error
+            if name in self.computed or name in self.functions:
+                raise DataError(f'A value named "{name}" was recorded, which is a metric\'s. Give it another name.')
+            self._accumulate(name, value, weight)
 
-    def _new_meter(self, name: str) -> AverageMeter:
-        if name in self.computed or (name in self.functions and not self._measuring):
-            raise DataError(
-                f'A value named "{name}" was recorded, which is a metric\'s name. Record it under another.'
-            )
-        self.meters[name] = AverageMeter()
-        return self.meters[name]
+    def _accumulate(self, name: str, value: float | Tensor, weight: float) -> None:
+        meter = self.meters.get(name)
+        if meter is None:
+            meter = self.meters[name] = AverageMeter()
+        try:
+            meter.update(value, weight)
+        except (DataError, TypeError) as error:
+            raise DataError(_not_a_number(name, value)) from error
 
     def measure(self, output: Any, target: Any, weight: float) -> None:
         """Update every metric with one batch; no gradients are recorded."""
         if self.functions:
             with torch.no_grad():
-                values = {name: metric(output, target) for name, metric in self.functions.items()}
-            self._measuring = True
-            self.add(values, weight)
-            self._measuring = False
-        for metric in self.computed.values():
-            metric.update(output, target)
+                for name, metric in self.functions.items():
+                    self._accumulate(name, metric(output, target), weight)
+        for computed in self.computed.values():
+            computed.update(output, target)
 
     def compute(self) -> dict[str, Any]:
         """Return every average and metric, the scalars as floats, in one transfer from each device.

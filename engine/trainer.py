@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import concatenate, num_samples, outline, prepare_batch, tree_map
-from .callback import Callback
+from .batch import call_model, concatenate, num_samples, outline, prepare_batch, tree_map
+from .callback import Callback, check_callbacks
 from .engine import Engine
 from .errors import ConfigurationError, DataError
 from .events import FitStart
@@ -74,7 +74,7 @@ class Trainer(Engine):
         self.stages.declare("loss", higher_is_better=False)
         self.stages.add_metrics(metrics or {})
         self.subscribe(FitStart, self._before_training)
-        for callback in callbacks:
+        for callback in check_callbacks(callbacks):
             self.attach(callback)
 
     @property
@@ -111,14 +111,14 @@ class Trainer(Engine):
         with self._evaluating("predict"):
             for batch in self._evaluation_batches("data", data):
                 with self.scope("forward"):
-                    outputs.append(tree_map(Tensor.cpu, self._call_model(self.prepare_batch(batch)[0])))
+                    outputs.append(tree_map(Tensor.cpu, call_model(self.parts["model"], self.prepare_batch(batch)[0])))
         return concatenate(outputs)
 
     def _forward(self, batch: Any) -> tuple[Any, Any, Tensor]:
         inputs, target = self.prepare_batch(batch)
         with self.scope("forward"):
             try:
-                output = self._call_model(inputs)
+                output = call_model(self.parts["model"], inputs)
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
                     raise DataError(
@@ -129,14 +129,6 @@ class Trainer(Engine):
             loss = self._call_loss(output, target)
         self.output = output
         return output, target, loss
-
-    def _call_model(self, inputs: Any) -> Any:
-        model = self.parts["model"]
-        if isinstance(inputs, tuple):
-            return model(*inputs)
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(inputs)
 
     def _call_loss(self, output: Any, target: Any) -> Tensor:
         loss_fn = self.parts["loss_fn"]
@@ -152,7 +144,8 @@ class Trainer(Engine):
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             raise DataError(
                 f"The loss {_name(loss_fn)} could not take the output, {outline(output)}, and the target, "
-                f"{outline(target)}: {error} Pass a function that can: loss_fn=lambda output, target: ..."
+                f"{outline(target)} ({str(error).rstrip('.')}). "
+                "Pass a function that can: loss_fn=lambda output, target: ..."
             ) from error
         if isinstance(loss, tuple) and "loss" in getattr(loss, "_fields", ()):
             loss = loss.loss  # type: ignore[attr-defined]  # AdaptiveLogSoftmaxWithLoss: a named tuple

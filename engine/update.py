@@ -63,15 +63,27 @@ class Update:
             DataError: if the loss is not one number, or nothing in it can be trained.
         """
         engine = self._engine
+        if engine.stage not in ("train", ""):
+            raise EngineStateError(
+                f'engine.update was called in the stage "{engine.stage}", where nothing is trained. '
+                "Write: if engine.training: engine.update(loss)."
+            )
         check_loss(loss, engine)
         if engine.step >= self._loss_ready.due:
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value), loss, engine.step)
+            check_loss(loss, engine)
         if self.window_batches > 1 or self.window_samples is not None:
             loss = loss * self._share(engine.num_samples() if num_samples is None else num_samples)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._batches += 1
         if self._window_is_full():
             self._apply()
+
+    def reset(self) -> None:
+        """Forget a window that an earlier run left open, with its gradients."""
+        if self._batches:
+            self._optimizer().zero_grad()
+        self._batches, self._samples, self._nominal = 0, 0.0, 0.0
 
     def flush(self) -> None:
         """Make the update of a window that the end of the epoch cut short, if one is open."""

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, can_take
 
 # A due count that means "not in sight". It is small enough for CPython's fast comparison of ints, which the loop
 # makes several times a step; a run that does get there only looks more often than it needs to.
@@ -186,13 +186,15 @@ def as_when(when: object) -> When:
     """
     if when is None:
         return Always()
+    if isinstance(when, every_seconds):
+        return every_seconds(when.seconds)  # its clock is its own
     if isinstance(when, type):
         raise ConfigurationError(
             f"when={when.__name__} is a class, not a filter. Write {when.__name__}(...) with its number."
         )
     if isinstance(when, When):
         return when
-    if callable(when):
+    if callable(when) and can_take(when, 1):
         return _Predicate(when)
     raise ConfigurationError(
         f"when={when!r} is not a filter. Write every({when!r}), at({when!r}) or a function of the count."

@@ -98,7 +98,7 @@ def draw_samples(batch: tuple[Tensor, Tensor], path: Path) -> None:
     figure = Figure(figsize=(5, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, image, label in zip(figure.subplots(3, 3).flat, *batch, strict=False):
-        axes.imshow(image[0], cmap="gray_r")
+        axes.imshow(image[0].numpy(), cmap="gray_r")
         axes.set_title(f"label {int(label)}", fontsize=10)
         axes.axis("off")
     figure.savefig(path, dpi=120)

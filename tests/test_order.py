@@ -66,7 +66,7 @@ def test_data_that_end_early_say_how_far_they_reach() -> None:
     with pytest.raises(
         DataError, match=r"Data ended after 7 steps of epoch 1, but epoch_length=10. Pass epoch_length=7"
     ):
-        Engine(idle).fit(range(7), epochs=1, epoch_length=10)
+        Engine(idle).fit(lambda: iter(range(7)), epochs=1, epoch_length=10)
 
 
 def test_repeat_begins_a_fresh_pass_each_time() -> None:

@@ -1,0 +1,67 @@
+"""Small real parts that the handlers' tests are made of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camshaft.engine import Callback, Engine, Trainer
+
+Batch = tuple[Tensor, Tensor]
+
+
+def class_batches(*sizes: int, seed: int = 0) -> list[Batch]:
+    """Batches of these sizes: inputs [B, 4], and the class 0, 1 or 2 that a fixed linear rule gives each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    rule = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    inputs = [torch.randn(size, 4, generator=generator) for size in sizes]
+    return [(batch, (batch @ rule).argmax(dim=1)) for batch in inputs]
+
+
+def linear() -> nn.Linear:
+    """A model from 4 inputs to 3 classes, the same at each call."""
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def make_trainer(
+    *callbacks: Callback, model: nn.Module | None = None, lr: float = 0.1, metrics: Mapping[str, Any] | None = None
+) -> Trainer:
+    """A trainer for `class_batches`, with momentum so that the order of updates shows in the weights."""
+    model = linear() if model is None else model  # a compiled model has no truth value
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    return Trainer(model, optimizer, nn.CrossEntropyLoss(), metrics=metrics, callbacks=callbacks)
+
+
+def run_script(values: Sequence[float], *callbacks: Callback, model: nn.Module | None = None) -> Engine:
+    """Run an epoch for each value: its ``val_score`` is that value, and its number is what fills the weights."""
+    model = nn.Linear(2, 1) if model is None else model
+    parameters = list(model.parameters())
+
+    def step(engine: Engine, batch: Tensor) -> dict[str, float] | None:
+        if not engine.training:
+            return {"score": values[engine.epoch - 1]}
+        for parameter in parameters:
+            parameter.data.fill_(engine.epoch)
+        return None
+
+    engine = Engine(step, model=model, callbacks=callbacks)
+    engine.fit([torch.zeros(1)], [torch.zeros(1)], epochs=len(values))
+    return engine
+
+
+def run_python(script: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter, with one thread."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,162 @@
+"""Placement: modules and batches on one device, whatever a batch looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import class_batches, linear, make_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from camshaft.callbacks import Placement
+from camshaft.callbacks.placement import devices
+from camshaft.engine import ConfigurationError, Engine, FitStart, Trainer
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Tensor
+    name: str
+
+
+def one() -> Tensor:
+    return torch.ones(2, 4)
+
+
+def placed(batch: Any, **settings: Any) -> Any:
+    """Return the batch as a step sees it, on the meta device: a second device that every machine has."""
+    seen: list[Any] = []
+    engine = Engine(lambda engine, batch: seen.append(batch), callbacks=[Placement("meta", **settings)])
+    engine.fit([batch], epochs=1)
+    return seen[0]
+
+
+def test_auto_takes_the_fastest_device_there_is() -> None:
+    """CUDA, else MPS, else the CPU; the CPU is always there, and last."""
+    assert devices()[-1] == "cpu"
+    assert Placement().device == torch.device(devices()[0])
+    assert Placement("cpu").device == torch.device("cpu")
+
+
+def test_every_tensor_of_a_batch_is_moved_and_its_shape_kept() -> None:
+    """Through tuples, named tuples, dicts, dataclasses and lists; what is no tensor stays as it is."""
+    batch = {"pair": Pair(one(), one()), "list": [one(), (one(), "text")], "sample": Sample(one(), "a"), "n": 3}
+    moved = placed(batch)
+    assert type(moved["pair"]) is Pair
+    assert moved["sample"] == Sample(moved["sample"].image, "a")
+    tensors = [*moved["pair"], moved["list"][0], moved["list"][1][0], moved["sample"].image]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (moved["list"][1][1], moved["n"]) == ("text", 3)
+
+
+@pytest.mark.parametrize("batch", [one(), (one(), one()), [one(), one()], Pair(one(), one())])
+def test_a_moved_batch_is_of_the_same_type(batch: Any) -> None:
+    """A tensor stays a tensor, a tuple a tuple, a list a list."""
+    assert type(placed(batch)) is type(batch)
+
+
+def test_validation_evaluation_and_prediction_batches_are_moved_too() -> None:
+    """A trainer on one device gets its batches there in every stage."""
+
+    class Checked(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(inputs.device.type)
+            return super().forward(inputs)
+
+    seen: list[str] = []
+    model = Checked(4, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), cpu_loss, callbacks=[Placement("cpu")])
+    data = [(inputs.to("meta"), target) for inputs, target in class_batches(8)]
+    with pytest.raises(NotImplementedError, match="meta"):  # a meta tensor has no data to move to the CPU
+        trainer.fit(data, epochs=1)
+    trainer.fit(class_batches(8), class_batches(8), epochs=1)
+    trainer.evaluate(class_batches(8))
+    trainer.predict(class_batches(8))
+    assert seen == ["cpu"] * 4
+
+
+def cpu_loss(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target)
+
+
+def test_every_part_that_is_a_module_is_moved_when_attached() -> None:
+    """The loss, too, if it has buffers; other parts are left alone."""
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+    extra = torch.ones(1)
+    engine = Engine(model=linear(), loss_fn=loss, extra=extra, callbacks=[Placement("meta")])
+    assert {parameter.device.type for parameter in engine.parts["model"].parameters()} == {"meta"}
+    assert loss.weight is not None
+    assert loss.weight.device.type == "meta"
+    assert (extra.device.type, engine.device.type) == ("cpu", "meta")
+
+
+def test_an_optimizer_made_before_keeps_hold_of_the_parameters() -> None:
+    """Placement on the CPU changes nothing: the weights are those of the run without it, to the bit."""
+    with_placement, plain = make_trainer(Placement("cpu")), make_trainer()
+    for trainer in (with_placement, plain):
+        trainer.fit(class_batches(8, 8, 3), epochs=2)
+    for mine, other in zip(with_placement.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_channels_last_applies_to_images_and_to_nothing_else() -> None:
+    """Images [N, C, H, W] and convolutions change their memory format; values and other shapes stay."""
+    images, flat = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5)
+    seen: list[tuple[Tensor, Tensor]] = []
+    model = nn.Conv2d(3, 4, 3)
+    engine = Engine(
+        lambda engine, batch: seen.append(batch), model=model, callbacks=[Placement("cpu", channels_last=True)]
+    )
+    engine.fit([(images, flat)], epochs=1)
+    (moved, untouched) = seen[0]
+    assert moved.is_contiguous(memory_format=torch.channels_last)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(moved, images)
+    assert untouched is flat
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cud", "", "xpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused_at_construction(device: str) -> None:
+    """The message names it and lists those that are."""
+    with pytest.raises(ConfigurationError) as caught:
+        Placement(device)
+    assert str(caught.value).startswith(f"Device {device!r} is not here.")
+    assert f'Write one of {", ".join(devices())}, or "auto" for the first' in str(caught.value)
+
+
+def test_explain_shows_where_batches_are_moved() -> None:
+    """Placement has one handler, of BatchReady."""
+    lines = make_trainer(Placement("cpu")).explain().splitlines()
+    assert "Placement.on_batch_ready" in lines[lines.index("BatchReady") + 1]
+
+
+@pytest.mark.gpu
+def test_training_on_cuda_learns_what_training_on_the_cpu_does() -> None:
+    """An optimizer made on the CPU trains the moved parameters, from a pinned loader, to nearly the same weights."""
+    inputs, target = class_batches(200)[0]
+    trainers = make_trainer(Placement("cuda")), make_trainer(Placement("cpu"))
+    for trainer in trainers:
+        loader = DataLoader(TensorDataset(inputs, target), batch_size=32, pin_memory=trainer.device.type == "cuda")
+        trainer.fit(loader, loader, epochs=3)
+    assert trainers[0].device.type == "cuda"
+    for mine, other in zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_the_model_is_on_the_gpu_before_the_run_and_predictions_are_on_the_cpu() -> None:
+    """What a FitStart handler sees is placed already; predict returns host tensors."""
+    trainer = make_trainer(Placement("cuda:0"))
+    places: list[torch.device] = []
+    trainer.subscribe(FitStart, lambda event: places.append(event.engine.device))
+    trainer.fit(class_batches(8), epochs=1)
+    assert places == [torch.device("cuda:0")]
+    assert trainer.predict(class_batches(8)).device.type == "cpu"

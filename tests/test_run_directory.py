@@ -1,0 +1,405 @@
+"""The run directory: everything needed to understand a run, and logging left as it was found."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers import class_batches, make_trainer, run_python
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from camshaft.callbacks import EarlyStopping, ProgressBar, RunDirectory
+from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitEnd, History, StepEnd, at
+
+TRAIN, VAL = class_batches(8, 8, 3), class_batches(16, 5)
+
+
+@dataclass
+class Settings:
+    lr: float
+    data: Path
+
+
+@contextmanager
+def bare_logging() -> Iterator[logging.Logger]:
+    """The root logger as a script has it, at level WARNING and without pytest's handlers; it is left that way."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers
+    root.handlers = []
+    root.setLevel(logging.WARNING)
+    try:
+        yield root
+        assert (root.level, root.handlers) == (logging.WARNING, [])
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+
+
+def log(run: RunDirectory) -> str:
+    return (run.path / "log.log").read_text()
+
+
+def test_it_holds_log_settings_environment_and_history(tmp_path: Path) -> None:
+    """Five files after a plain run, in a directory named by the time at which the run started."""
+    run = RunDirectory(tmp_path / "deep" / "runs")
+    make_trainer(run).fit(TRAIN, VAL, epochs=2)
+    assert {path.name for path in run.path.iterdir()} == {
+        "log.log", "settings.json", "environment.json", "history.csv", "handlers.txt",
+    }  # fmt: skip
+    assert run.path.parent == tmp_path / "deep" / "runs"
+    assert pd.to_datetime(run.path.name, format="%Y-%m-%d_%H-%M-%S") <= pd.Timestamp.now()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": 0.1, "data": Path("a")}, argparse.Namespace(lr=0.1, data=Path("a")), Settings(0.1, Path("a"))],
+    ids=["dict", "Namespace", "dataclass"],
+)
+def test_settings_are_written_when_the_run_is_set_up(settings: object, tmp_path: Path) -> None:
+    """Before the first step, from whatever holds names and values; what JSON has no form for is written as text."""
+    run = RunDirectory(tmp_path, settings=settings)
+    make_trainer(run)
+    assert json.loads((run.path / "settings.json").read_text()) == {"lr": 0.1, "data": "a"}
+
+
+def test_settings_stand_in_the_log_too(tmp_path: Path) -> None:
+    """One file tells the whole story: the settings are near its top."""
+    run = RunDirectory(tmp_path, settings={"lr": 0.1, "name": "first"})
+    make_trainer(run).fit(TRAIN, epochs=1)
+    assert '{"lr": 0.1, "name": "first"}' in "".join(log(run).splitlines()[:3])
+
+
+def test_settings_without_names_are_refused_at_construction(tmp_path: Path) -> None:
+    """And no empty directory is left behind."""
+    with pytest.raises(ConfigurationError, match=r"Pass a dict, an argparse\.Namespace or a dataclass"):
+        RunDirectory(tmp_path, settings=["lr", 0.1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_tells_versions_machine_and_command(tmp_path: Path) -> None:
+    """What ran, with what, on what."""
+    run = RunDirectory(tmp_path)
+    make_trainer(run)
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["command"] == sys.argv
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["devices"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    assert {"started", "platform", "cpus"} <= set(environment)
+
+
+def read_back(run: RunDirectory) -> dict[str, list[float]]:
+    with open(run.path / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name] or math.nan) for row in rows] for name in rows[0]}
+
+
+def assert_same(table: dict[str, list[float]], history: History) -> None:
+    assert list(table) == list(history)
+    for name in history:
+        assert table[name] == pytest.approx(history[name], abs=0.0, rel=0.0, nan_ok=True), name
+
+
+def test_history_csv_is_the_history_exactly(tmp_path: Path) -> None:
+    """Every column in the same order, every number to its last bit, a matrix left out."""
+    run = RunDirectory(tmp_path)
+    metrics = {"acc": MulticlassAccuracy(3), "matrix": MulticlassConfusionMatrix(3)}
+    history = make_trainer(run, metrics=metrics).fit(TRAIN, VAL, epochs=3)
+    assert_same(read_back(run), history)
+
+
+def test_epochs_without_a_validation_and_values_that_are_nan_are_nan_in_the_csv(tmp_path: Path) -> None:
+    """validate_every=2 leaves every other cell empty, which reads as NaN; a NaN loss is NaN as well."""
+    data = class_batches(8, 8, 3)
+    data[2][0][0, 0] = math.nan
+    run = RunDirectory(tmp_path)
+    history = make_trainer(run).fit(data, VAL, epochs=4, validate_every=2)
+    assert [math.isnan(value) for value in read_back(run)["train_loss"]] == [True] * 4
+    assert_same(read_back(run), history)
+
+
+def test_history_csv_is_whole_after_every_epoch(tmp_path: Path) -> None:
+    """Whoever looks at a running experiment sees all epochs so far."""
+    run, lengths = RunDirectory(tmp_path), list[int]()
+    trainer = make_trainer(run)
+    trainer.subscribe(EpochEnd, lambda event: lengths.append(len(read_back(run)["epoch"])))
+    trainer.fit(TRAIN, VAL, epochs=3)
+    assert lengths == [1, 2, 3]
+
+
+def test_each_epoch_has_one_line_in_the_log_with_its_values(tmp_path: Path) -> None:
+    """With the time, and at the end the reason why the run stopped."""
+    run = RunDirectory(tmp_path)
+    stopping = EarlyStopping("train_loss", "max", patience=1)
+    history = make_trainer(run, stopping).fit(TRAIN, VAL, epochs=9)
+    lines = log(run).splitlines()
+    epochs = [line for line in lines if "camshaft.epochs: epoch" in line]
+    assert [line.split("epoch ")[1].split()[0] for line in epochs] == ["1/9", "2/9"]
+    for line, loss in zip(epochs, history["val_loss"], strict=True):
+        assert f"val_loss {loss:.4f}" in line
+        assert line[:4].isdigit()
+    assert history.reason in log(run)
+
+
+def test_ones_own_loggers_land_in_the_log(tmp_path: Path) -> None:
+    """Whatever goes through Python's logging during a fit, from INFO up, with its logger's name and level."""
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run)
+    mine = logging.getLogger("my.project")
+    trainer.subscribe(StepEnd, lambda event: mine.info("step %d: größer", event.engine.step))
+    trainer.subscribe(StepEnd, lambda event: mine.warning("careful"), when=at(2))
+    with bare_logging():
+        trainer.fit(TRAIN, epochs=1)
+    assert "INFO my.project: step 3: größer" in log(run)
+    assert "WARNING my.project: careful" in log(run)
+
+
+def test_python_warnings_do_not_get_lost_with_a_captured_log(tmp_path: Path) -> None:
+    """With logging.captureWarnings(True), which is the user's to call, they are in the log, too."""
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run)
+    trainer.subscribe(StepEnd, lambda event: warnings.warn("odd data", stacklevel=1), when=at(1))
+    with bare_logging(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        trainer.fit(TRAIN, epochs=1)
+        logging.captureWarnings(False)
+    assert "odd data" in log(run)
+
+
+def test_two_runs_within_a_second_get_two_directories(tmp_path: Path) -> None:
+    """Also twenty, and those of processes at the same time: nobody writes into another's."""
+    paths = [RunDirectory(tmp_path).path for _ in range(20)]
+    script = "import sys; from camshaft.callbacks import RunDirectory; RunDirectory(sys.argv[1])"
+    processes = [subprocess.Popen([sys.executable, "-c", script, tmp_path]) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert len(set(paths)) == 20
+    assert len(list(tmp_path.iterdir())) == 22
+    assert sorted(paths, key=lambda path: path.stat().st_ctime_ns) == paths
+
+
+def test_the_names_of_many_runs_sort_by_time(tmp_path: Path) -> None:
+    """A listing shows the runs of one second in the order in which they started."""
+    names = [RunDirectory(tmp_path).path.name for _ in range(11)]
+    assert sorted(names) == names
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_root_logger_is_put_back_after_a_run(terminal: bool, tmp_path: Path) -> None:
+    """Level and handlers are the user's again; during the run there are those for the file and the terminal."""
+    trainer = make_trainer(RunDirectory(tmp_path, terminal=terminal))
+    during: list[tuple[int, int]] = []
+    with bare_logging() as root:
+        trainer.subscribe(StepEnd, lambda event: during.append((root.level, len(root.handlers))), when=at(1))
+        trainer.fit(TRAIN, epochs=1)
+    assert during == [(logging.INFO, 2 if terminal else 1)]
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.ERROR])
+def test_a_level_and_handlers_of_ones_own_are_kept(level: int, tmp_path: Path) -> None:
+    """A finer level stays, a coarser one is INFO for the length of the run; both come back."""
+    mine = logging.NullHandler()
+    trainer = make_trainer(RunDirectory(tmp_path, terminal=False))
+    during: list[int] = []
+    trainer.subscribe(StepEnd, lambda event: during.append(logging.getLogger().level), when=at(1))
+    with bare_logging() as root:
+        root.addHandler(mine)
+        root.setLevel(level)
+        trainer.fit(TRAIN, epochs=1)
+        assert (root.level, root.handlers) == (level, [mine])
+        root.removeHandler(mine)
+        root.setLevel(logging.WARNING)
+    assert during == [min(level, logging.INFO)]
+
+
+def test_the_root_logger_is_put_back_after_a_failure(tmp_path: Path) -> None:
+    """And the error's traceback, with the handler that raised it, is in the log."""
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run)
+    trainer.subscribe(StepEnd, broken_handler, when=at(2))
+    with bare_logging(), pytest.raises(ZeroDivisionError):
+        trainer.fit(TRAIN, epochs=1)
+    assert "Traceback (most recent call last)" in log(run)
+    assert "in broken_handler" in log(run)
+    assert "ZeroDivisionError: division by zero" in log(run)
+    assert "Raised by broken_handler, a handler of StepEnd, at step 2." in log(run)
+    assert "End of the run: failed with ZeroDivisionError" in log(run)
+
+
+def broken_handler(event: StepEnd) -> None:
+    _ = 1 / 0
+
+
+def test_a_handler_that_fails_while_the_run_ends_is_in_the_log_too(tmp_path: Path) -> None:
+    """An error in FitEnd is an error of the run."""
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run)
+    trainer.subscribe(FitEnd, lambda event: [][0])
+    with bare_logging(), pytest.raises(IndexError):
+        trainer.fit(TRAIN, epochs=1)
+    assert "IndexError: list index out of range" in log(run)
+
+
+def test_a_loop_that_the_user_leaves_is_no_failure(tmp_path: Path) -> None:
+    """In the script style, by a break: the reason is in the log, and neither an ERROR nor a traceback."""
+    run = RunDirectory(tmp_path, terminal=False)
+    engine = Engine(callbacks=[run])
+    with bare_logging():
+        for _ in engine.epochs(5):
+            for _ in engine.train([torch.zeros(1)] * 2):
+                engine.record(loss=1.0)
+            break
+    assert "the loop was left in epoch 1" in log(run)
+    assert "ERROR" not in log(run)
+    assert "GeneratorExit" not in log(run)
+
+
+def test_ctrl_c_is_in_the_log_and_the_loggers_are_put_back(tmp_path: Path) -> None:
+    """KeyboardInterrupt ends a run like any error does."""
+
+    def interrupt(event: StepEnd) -> None:
+        raise KeyboardInterrupt
+
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run)
+    trainer.subscribe(StepEnd, interrupt, when=at(2))
+    with bare_logging(), pytest.raises(KeyboardInterrupt):
+        trainer.fit(TRAIN, epochs=1)
+    assert "KeyboardInterrupt" in log(run)
+
+
+def test_a_second_fit_goes_on_in_the_same_log(tmp_path: Path) -> None:
+    """Nothing of the first is overwritten, and no line is written twice."""
+    run = RunDirectory(tmp_path)
+    trainer = make_trainer(run)
+    trainer.fit(TRAIN, epochs=2)
+    history = trainer.fit(TRAIN, epochs=2)
+    numbers = [line.split("epoch ")[1].split("/")[0] for line in log(run).splitlines() if "epochs: epoch" in line]
+    assert numbers == ["1", "2", "3", "4"]
+    assert_same(read_back(run), history)
+
+
+KILLED = """
+import logging, os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from helpers import class_batches, make_trainer
+from camshaft.callbacks import RunDirectory
+from camshaft.engine import StepEnd, at
+trainer = make_trainer(RunDirectory(sys.argv[1]))
+def kill(event):
+    logging.getLogger("mine").info("the last line")
+    os.kill(os.getpid(), signal.SIGKILL)
+trainer.subscribe(StepEnd, kill, when=at(8))
+trainer.fit(class_batches(8, 8, 3), epochs=9)
+"""
+
+
+def test_the_log_and_the_history_of_a_killed_run_go_up_to_its_last_moment(tmp_path: Path) -> None:
+    """SIGKILL in epoch 3: the last line that was logged is there, and so are two epochs in the csv."""
+    run = run_python(KILLED, tmp_path, Path(__file__).parent)
+    assert run.returncode == -9, run.stderr
+    (path,) = tmp_path.iterdir()
+    assert (path / "log.log").read_text().endswith("INFO mine: the last line\n")
+    assert len((path / "history.csv").read_text().splitlines()) == 1 + 2
+
+
+TERMINAL = """
+import logging, sys
+sys.path.insert(0, sys.argv[2])
+from helpers import class_batches, make_trainer
+from camshaft.callbacks import ProgressBar, RunDirectory
+from camshaft.engine import StepEnd, at
+for way in ("plain", "configured", "bar", "quiet"):
+    print("==", way, file=sys.stderr)
+    if way == "configured":
+        logging.basicConfig(format="MINE %(message)s")
+    callbacks = [ProgressBar()] if way == "bar" else []
+    trainer = make_trainer(RunDirectory(sys.argv[1], terminal=way != "quiet"), *callbacks)
+    trainer.subscribe(StepEnd, lambda event: logging.getLogger("mine").info("a line of mine"), when=at(2))
+    trainer.fit(class_batches(8, 8, 3), epochs=2)
+    logging.getLogger().handlers.clear()
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What a script shows on the terminal, for each way of setting up logging."""
+    run = run_python(TERMINAL, tmp_path_factory.mktemp("runs"), Path(__file__).parent)
+    assert run.returncode == 0, run.stderr
+    parts = run.stderr.split("== ")[1:]
+    return {part.splitlines()[0]: part.splitlines()[1:] for part in parts}
+
+
+@pytest.mark.parametrize(("way", "times"), [("plain", 1), ("configured", 1), ("bar", 1), ("quiet", 0)])
+def test_each_line_is_on_the_terminal_once_however_logging_is_set_up(
+    way: str, times: int, shown: dict[str, list[str]]
+) -> None:
+    """By itself, through the user's own handler, beside a bar that writes the epochs, or not at all."""
+    for text in ("a line of mine", "epoch 1/2", "epoch 2/2", "2 epochs done"):
+        assert sum(text in line for line in shown[way]) == times, text
+    assert any(line.startswith("MINE") for line in shown[way]) == (way == "configured")
+
+
+def test_settings_and_environment_end_with_a_newline(tmp_path: Path) -> None:
+    """They are text files: cat leaves the prompt on its own line."""
+    run = RunDirectory(tmp_path, settings={"lr": 0.1})
+    make_trainer(run)
+    for name in ("settings.json", "environment.json"):
+        assert (run.path / name).read_text().endswith("}\n")
+
+
+def test_a_root_that_cannot_be_written_is_refused_at_construction(tmp_path: Path) -> None:
+    """A file stands in its place."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"RunDirectory cannot write in .*/file: File exists"):
+        RunDirectory(tmp_path / "file")
+
+
+def test_a_second_run_directory_is_refused(tmp_path: Path) -> None:
+    """Handlers that write could not know which one is meant."""
+    with pytest.raises(ConfigurationError, match="Attach one RunDirectory"):
+        make_trainer(RunDirectory(tmp_path), RunDirectory(tmp_path))
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from helpers import class_batches, make_trainer
+from camshaft.callbacks import RunDirectory
+from camshaft.engine import EpochStart, at
+trainer = make_trainer(RunDirectory(sys.argv[1]))
+trainer.subscribe(EpochStart, lambda event: resource.setrlimit(resource.RLIMIT_FSIZE, (80, 80)), when=at(3))
+print(trainer.fit(class_batches(8, 8, 3), epochs=5)["epoch"])
+"""
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path: Path) -> None:
+    """From epoch 3 on nothing can be written: five epochs run, warnings say what is missing, the csv has two."""
+    run = run_python(FULL, tmp_path, Path(__file__).parent)
+    assert (run.returncode, run.stdout) == (0, "[1, 2, 3, 4, 5]\n"), run.stderr
+    assert "history.csv could not be written" in run.stderr
+    (path,) = tmp_path.iterdir()
+    assert len((path / "history.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_logging_does_not_change_the_weights(tmp_path: Path) -> None:
+    """A run with RunDirectory and ProgressBar is the run without them, to the bit."""
+    with open(tmp_path / "bar.txt", "w") as file:
+        watched, plain = make_trainer(RunDirectory(tmp_path), ProgressBar(file=file)), make_trainer()
+        for trainer in (watched, plain):
+            trainer.fit(TRAIN, VAL, epochs=2)
+    for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, other)

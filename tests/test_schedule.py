@@ -1,0 +1,294 @@
+"""Schedules: the learning rates are those of torch's own loop, step by step, and a bad setting is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Batch, class_batches, linear, make_trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
+
+from camshaft.callbacks import Accumulate, Schedule, StopOnNonFinite, warmup_cosine
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, StepEnd, Trainer
+
+MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+def learning_rates(trainer: Engine) -> list[float]:
+    """A list that will hold the learning rate with which each update is made."""
+    rates: list[float] = []
+    trainer.subscribe(
+        GradientsReady, lambda event: rates.append(event.engine.parts["optimizer"].param_groups[0]["lr"])
+    )
+    return rates
+
+
+def schedule_trainer(make: MakeScheduler, *others: Callback, lr: float = 0.1, **settings: Any) -> Trainer:
+    return make_trainer(*others, Schedule(make, **settings), lr=lr)
+
+
+class TorchLoop:
+    """The loop as torch's pages write it, which notes the learning rate of each update."""
+
+    def __init__(self, make: MakeScheduler, *, lr: float = 0.1) -> None:
+        self.model = linear()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9)
+        self.scheduler = make(self.optimizer)
+        self.rates: list[float] = []
+
+    def train(self, data: list[Batch], *, per: str = "never") -> None:
+        for inputs, target in data:
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
+            self.optimizer.zero_grad()
+            nn.functional.cross_entropy(self.model(inputs), target).backward()
+            self.optimizer.step()
+            if per == "update":
+                self.scheduler.step()
+        if per == "epoch":
+            self.scheduler.step()
+
+    def loss(self, data: list[Batch]) -> Tensor:
+        with torch.no_grad():
+            losses = [nn.functional.cross_entropy(self.model(inputs), target) for inputs, target in data]
+        return torch.stack(losses).double().mean()
+
+
+def halve(every: int = 1) -> MakeScheduler:
+    """What makes a schedule that halves the rate every so many steps."""
+    return lambda optimizer: StepLR(optimizer, every, gamma=0.5)
+
+
+def assert_same_weights(trainer: Trainer, loop: TorchLoop) -> None:
+    pairs = zip(trainer.model.parameters(), loop.model.parameters(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in pairs)
+
+
+SCHEDULES: list[tuple[str, MakeScheduler]] = [
+    ("epoch", halve(2)),
+    ("epoch", lambda optimizer: CosineAnnealingLR(optimizer, T_max=5)),
+    ("update", lambda optimizer: OneCycleLR(optimizer, max_lr=0.5, total_steps=15)),
+    ("update", lambda optimizer: warmup_cosine(optimizer, warmup=4, total=15)),
+    ("epoch", lambda optimizer: warmup_cosine(optimizer, warmup=2, total=5, min_lr=0.01)),
+]
+
+
+@pytest.mark.parametrize(("per", "make"), SCHEDULES)
+def test_the_learning_rates_and_weights_are_those_of_torchs_own_loop(per: str, make: MakeScheduler) -> None:
+    """To the bit, over five epochs of three updates, and without a warning of torch about the order of steps."""
+    data, loop = class_batches(8, 8, 8), TorchLoop(make)
+    trainer = schedule_trainer(make, per=per)
+    rates = learning_rates(trainer)
+    trainer.fit(data, epochs=5)
+    for _ in range(5):
+        loop.train(data, per=per)
+    assert rates == loop.rates
+    assert len(set(rates)) > 2
+    assert_same_weights(trainer, loop)
+
+
+def test_a_plateau_lowers_the_rate_as_in_torchs_own_loop() -> None:
+    """ReduceLROnPlateau gets each validation's loss; with a rate this high, it soon no longer falls."""
+
+    def make(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+
+    data, val, loop = class_batches(8, 8), class_batches(8, 8, seed=1), TorchLoop(make, lr=8.0)
+    trainer = schedule_trainer(make, lr=8.0, monitor="val_loss")
+    rates = learning_rates(trainer)
+    trainer.fit(data, val, epochs=10)
+    for _ in range(10):
+        loop.train(data)
+        loop.scheduler.step(loop.loss(val))  # type: ignore[arg-type]  # a plateau's
+    assert rates == loop.rates
+    assert len(set(rates)) > 2
+    assert_same_weights(trainer, loop)
+
+
+def test_a_plateau_steps_at_each_validation_and_at_no_other_time() -> None:
+    """With a validation every second epoch and patience 0, a loss that stands still halves the rate every second."""
+
+    def make(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return ReduceLROnPlateau(optimizer, factor=0.5, patience=0, eps=0.0)
+
+    model = linear().requires_grad_(False)
+    model.bias.requires_grad_(True)
+    optimizer = torch.optim.SGD([model.bias], lr=1e-30)  # too small to change the loss
+    trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Schedule(make, monitor="val_loss")])
+    rates = learning_rates(trainer)
+    trainer.fit(class_batches(8), class_batches(8), epochs=7, validate_every=2)
+    assert rates == [1e-30, 1e-30, 1e-30, 1e-30, 5e-31, 5e-31, 2.5e-31]
+
+
+def test_under_accumulation_a_schedule_per_update_counts_updates() -> None:
+    """Seven batches in windows of three are three updates an epoch: the rates are those of a loop with three."""
+    trainer = schedule_trainer(halve(2), Accumulate(3), per="update")
+    rates, by_batch = learning_rates(trainer), []
+    trainer.subscribe(StepEnd, lambda event: by_batch.append(trainer.parts["optimizer"].param_groups[0]["lr"]))
+    trainer.fit(class_batches(*[8] * 7), epochs=2)
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+    assert by_batch[:6] == [0.1, 0.1, 0.1, 0.1, 0.1, 0.05]
+
+
+def test_an_update_that_the_scaler_skips_does_not_advance_the_schedule() -> None:
+    """The first and the third batch overflow: neither counts, and torch has no reason to warn of the order."""
+    data = [(x * 1e12, y) if number in (0, 2) else (x, y) for number, (x, y) in enumerate(class_batches(*[8] * 5))]
+    trainer = schedule_trainer(halve(), per="update")
+    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=1000)
+    rates = learning_rates(trainer)
+    trainer.fit(data, epochs=1)
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025]
+    assert (trainer.num_updates, trainer.num_skipped_updates) == (3, 2)
+
+
+def test_an_update_that_a_handler_skips_does_not_advance_the_schedule() -> None:
+    data = class_batches(8, 8, 8)
+    data[1] = (data[1][0] * math.nan, data[1][1])
+    trainer = schedule_trainer(halve(), StopOnNonFinite("skip"), per="update")
+    rates = learning_rates(trainer)
+    trainer.fit(data, epochs=1)
+    assert rates == [0.1, 0.05, 0.05]
+
+
+def test_an_epoch_of_which_every_update_was_skipped_gives_no_warning() -> None:
+    """Torch warns when a schedule moves before the first step of the optimizer; a scaler's first steps often fail."""
+    trainer = schedule_trainer(halve(), per="epoch")
+    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    inputs, target = class_batches(8)[0]
+    trainer.fit([(inputs * 1e12, target)], epochs=1)
+    assert (trainer.num_updates, trainer.num_skipped_updates) == (0, 1)
+
+
+def test_warmup_cosine_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    """By the two formulas: ``start_factor`` of the rate at first, all of it at ``warmup``, ``min_lr`` at the end."""
+    trainer = schedule_trainer(
+        lambda optimizer: warmup_cosine(optimizer, warmup=5, total=20, start_factor=0.1, min_lr=0.02), per="update"
+    )
+    rates = learning_rates(trainer)
+    trainer.fit(class_batches(*[8] * 21), epochs=1)
+    rise = [0.1 * (0.1 + 0.9 * update / 5) for update in range(5)]
+    fall = [0.02 + 0.08 * (1 + math.cos(math.pi * update / 15)) / 2 for update in range(16)]
+    assert rates == pytest.approx(rise + fall, rel=1e-6)
+
+
+def test_a_second_fit_goes_on_along_the_schedule() -> None:
+    """Two fits of two epochs have the learning rates of one fit of four."""
+    trainer = schedule_trainer(halve())
+    rates = learning_rates(trainer)
+    for _ in range(2):
+        trainer.fit(class_batches(8), epochs=2)
+    assert rates == [0.1, 0.05, 0.025, 0.0125]
+
+
+def test_the_scheduler_becomes_a_part_of_the_run() -> None:
+    """Whether it was given as it is, or as a function of the optimizer."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = StepLR(optimizer, 1)
+    for given in (scheduler, lambda optimizer: scheduler):
+        trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Schedule(given)])
+        assert trainer.parts["scheduler"] is scheduler
+
+
+def test_a_loop_of_ones_own_has_its_schedule_per_epoch() -> None:
+    """In script style, next to a plain ``optimizer.step()``."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = Engine(model=model, optimizer=optimizer, callbacks=[Schedule(halve())])
+    rates = []
+    for _ in engine.epochs(3):
+        for inputs, target in engine.train(class_batches(8)):
+            rates.append(optimizer.param_groups[0]["lr"])
+            nn.functional.cross_entropy(model(inputs), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert rates == [1.0, 0.5, 0.25]
+
+
+def test_two_schedules_are_refused() -> None:
+    """The second would take the place of the first, and be stepped by both."""
+    first, second = (Schedule(halve()) for _ in range(2))
+    with pytest.raises(ConfigurationError, match=r"Schedule.*\. [A-Z]"):
+        make_trainer(first, second)
+
+
+@pytest.mark.parametrize("scheduler", [StepLR, "StepLR", None, torch.optim.SGD([torch.zeros(1)], lr=0.1)])
+def test_what_is_no_scheduler_is_refused_when_made(scheduler: Any) -> None:
+    """A class instead of an instance is the usual one."""
+    with pytest.raises(ConfigurationError, match=r"(?s)^Schedule got .*, which is no scheduler\. Pass StepLR\("):
+        Schedule(scheduler)
+
+
+def test_an_unknown_pace_is_refused_when_made() -> None:
+    with pytest.raises(ConfigurationError, match=r'^Schedule has per=\'step\'\. Write "update" or "epoch"\.$'):
+        Schedule(halve(), per="step")  # type: ignore[arg-type]  # the mistake
+
+
+@pytest.mark.parametrize("returned", [None, StepLR, 0.1])
+def test_a_function_that_returns_no_scheduler_is_refused_at_attachment(returned: Any) -> None:
+    """A forgotten ``return``, or the class itself."""
+    with pytest.raises(ConfigurationError, match=r"Schedule.*\. [A-Z]"):
+        schedule_trainer(lambda optimizer: returned)
+
+
+def test_a_scheduler_of_another_optimizer_is_refused_at_attachment() -> None:
+    """It would turn a learning rate that nobody uses."""
+    stranger = torch.optim.SGD(linear().parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"over another optimizer than the run's\. Build it over the same"):
+        make_trainer(Schedule(StepLR(stranger, 1)))
+
+
+def test_an_engine_without_an_optimizer_is_refused_at_attachment() -> None:
+    with pytest.raises(ConfigurationError, match=r"^Schedule needs the optimizer\. Write Engine\(step, optimizer="):
+        Engine(model=linear(), callbacks=[Schedule(halve())])
+
+
+@pytest.mark.parametrize(
+    ("make", "monitor", "message"),
+    [
+        (ReduceLROnPlateau, None, r"ReduceLROnPlateau and monitor=None\. ReduceLROnPlateau needs one"),
+        (halve(), "val_loss", r"StepLR and monitor='val_loss'\. ReduceLROnPlateau needs one"),
+        (ReduceLROnPlateau, "loss", r"watches 'loss', which does not say of which stage\. Write \"val_loss\""),
+    ],
+)
+def test_a_plateau_and_a_monitor_belong_together(make: MakeScheduler, monitor: str | None, message: str) -> None:
+    """Refused at attachment, in both directions; so is a monitor that names no stage."""
+    with pytest.raises(ConfigurationError, match=message):
+        schedule_trainer(lambda optimizer: make(optimizer), monitor=monitor)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "val", "message"),
+    [
+        ("val_lss", True, r'watches "val_lss", but the values are: val_loss\. Did you mean "val_loss"\?'),
+        ("val_loss", False, r"fit was given no validation data\. Pass fit\(train, val"),
+    ],
+)
+def test_a_monitor_that_will_have_no_value_is_refused_before_the_first_step(
+    monitor: str, val: bool, message: str
+) -> None:
+    trainer = schedule_trainer(lambda optimizer: ReduceLROnPlateau(optimizer), monitor=monitor)
+    with pytest.raises(ConfigurationError, match=f"^Schedule.*{message}"):
+        trainer.fit(class_batches(8), class_batches(8) if val else None, epochs=1)
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"warmup": 0, "total": 10},
+        {"warmup": 2.5, "total": 10},
+        {"warmup": 10, "total": 10},
+        {"warmup": 2, "total": 10, "start_factor": 0.0},
+        {"warmup": 2, "total": 10, "start_factor": 1.5},
+        {"warmup": 2, "total": 10, "min_lr": -0.1},
+    ],
+)
+def test_warmup_cosine_refuses_what_cannot_work(arguments: dict[str, Any]) -> None:
+    """A warm-up of nothing, one as long as the whole, a rate that would be zero or below."""
+    optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"(warmup|total|start_factor|min_lr).*\. Pass "):
+        warmup_cosine(optimizer, **arguments)

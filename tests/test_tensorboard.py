@@ -1,0 +1,185 @@
+"""Event files, read back with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import class_batches, make_trainer, run_python, run_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from camshaft.callbacks import RunDirectory, TensorBoard
+from camshaft.engine import ConfigurationError, StepEnd, every
+
+TRAIN, VAL = class_batches(8, 8, 3), class_batches(16, 5)
+
+
+def read(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard shows: for each curve its (step, value) pairs."""
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+def column(rows: list[dict[str, float]], name: str) -> list[tuple[int, float]]:
+    """Return a history's column as an event file holds it."""
+    return [(int(row["step"]), float32(row[name])) for row in rows if name in row]
+
+
+def test_every_value_of_the_history_is_in_the_event_file(tmp_path: Path) -> None:
+    """Each epoch's training values and each validation's values, over steps, exactly to float32."""
+    trainer = make_trainer(TensorBoard(tmp_path), metrics={"acc": MulticlassAccuracy(3)})
+    history = trainer.fit(TRAIN, VAL, epochs=4)
+    train_names, val_names = ("train_loss", "train_acc"), ("val_loss", "val_acc")
+    expected = {name: column(history.rows, name) for name in train_names}
+    expected |= {name: column(history.validations, name) for name in val_names}
+    assert read(tmp_path) == expected
+    assert [step for step, _ in expected["val_acc"]] == [3, 6, 9, 12]
+
+
+def test_validations_in_mid_epoch_stand_at_their_own_steps(tmp_path: Path) -> None:
+    """All of them, not only the epoch's last."""
+    history = make_trainer(TensorBoard(tmp_path)).fit(TRAIN, VAL, epochs=2, validate_every="2 steps")
+    values = read(tmp_path)["val_loss"]
+    assert values == column(history.validations, "val_loss")
+    assert [step for step, _ in values] == [2, 4, 6]
+
+
+def test_nan_and_infinity_are_written_as_they_are(tmp_path: Path) -> None:
+    """A run that diverged shows where it did, and tensorboardX's own remark about it is no error."""
+    run_script([1.0, math.nan, math.inf], TensorBoard(tmp_path))
+    values = [value for _, value in read(tmp_path)["val_score"]]
+    assert values == pytest.approx([1.0, math.nan, math.inf], nan_ok=True)
+
+
+def test_a_metric_that_is_no_scalar_is_left_out(tmp_path: Path) -> None:
+    """A confusion matrix has no curve."""
+    metrics = {"matrix": MulticlassConfusionMatrix(3)}
+    make_trainer(TensorBoard(tmp_path), metrics=metrics).fit(TRAIN, VAL, epochs=1)
+    assert set(read(tmp_path)) == {"train_loss", "val_loss"}
+
+
+def test_in_a_run_directory_it_writes_under_tensorboard(tmp_path: Path) -> None:
+    """TensorBoard() without a directory goes where the run is, wherever it stands in the list."""
+    run = RunDirectory(tmp_path)
+    make_trainer(TensorBoard(), run).fit(TRAIN, epochs=1)
+    assert set(read(run.path / "tensorboard")) == {"train_loss"}
+
+
+def test_a_second_fit_goes_on_in_the_same_directory(tmp_path: Path) -> None:
+    """Its steps follow those of the first; TensorBoard shows one curve."""
+    trainer = make_trainer(TensorBoard(tmp_path))
+    trainer.fit(TRAIN, epochs=2)
+    history = trainer.fit(TRAIN, epochs=2)
+    assert read(tmp_path)["train_loss"] == column(history.rows, "train_loss")
+    assert len(history.rows) == 4
+
+
+def test_what_was_written_before_a_failure_can_be_read(tmp_path: Path) -> None:
+    """A run that raised in epoch 3 has the curves of two epochs, and the writer is closed."""
+    trainer = make_trainer(TensorBoard(tmp_path))
+    trainer.subscribe(StepEnd, lambda event: 1 / 0, when=lambda step: step == 7)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(TRAIN, VAL, epochs=3)
+    assert read(tmp_path)["train_loss"] == column(trainer.history.rows, "train_loss")
+    assert len(trainer.history.rows) == 2
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from helpers import class_batches, make_trainer
+from camshaft.callbacks import TensorBoard
+from camshaft.engine import StepEnd, at
+trainer = make_trainer(TensorBoard(sys.argv[1]))
+trainer.subscribe(StepEnd, lambda event: (print(trainer.history["train_loss"]), sys.stdout.flush(),
+                                          os.kill(os.getpid(), signal.SIGKILL)), when=at(7))
+trainer.fit(class_batches(8, 8, 3), epochs=3)
+"""
+
+
+def test_a_killed_run_has_the_curves_of_its_finished_epochs(tmp_path: Path) -> None:
+    """Values are on the disk when their epoch ends, not when a buffer is full."""
+    run = run_python(KILLED, tmp_path, Path(__file__).parent)
+    assert run.returncode == -9, run.stderr
+    losses = [float(number) for number in run.stdout.strip("[]\n").split(",")]
+    assert read(tmp_path)["train_loss"] == [(3, float32(losses[0])), (6, float32(losses[1]))]
+
+
+FULL = """
+import resource, sys
+import torch
+from camshaft.callbacks import TensorBoard
+from camshaft.engine import Callback, Engine
+class Limit(Callback):
+    def on_epoch_start(self, event):
+        if event.engine.epoch == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+def step(engine, batch):
+    return {f"value_{number}": engine.epoch for number in range(int(sys.argv[2]))}
+engine = Engine(step, callbacks=[Limit(), TensorBoard(sys.argv[1])])
+engine.fit([torch.zeros(1)], epochs=20)
+print(engine.epoch)
+"""
+
+
+@pytest.mark.parametrize("num_values", [1, 500])
+def test_a_disk_that_is_full_warns_once_and_training_goes_on(num_values: int, tmp_path: Path) -> None:
+    """From epoch 3 on no byte more can be written: all 20 epochs run, with one warning, no traceback and no wait."""
+    run = run_python(FULL, tmp_path, num_values, timeout=20)
+    assert (run.returncode, run.stdout) == (0, "20\n"), run.stderr
+    assert run.stderr.count("TensorBoard stops writing") == 1
+    assert "Traceback" not in run.stderr
+
+
+def test_without_anywhere_to_write_it_is_refused_before_step_1() -> None:
+    """The message says both ways out."""
+    trainer = make_trainer(TensorBoard())
+    with pytest.raises(ConfigurationError, match=r"Pass TensorBoard\(directory\), or add RunDirectory\(\)"):
+        trainer.fit(TRAIN, epochs=1)
+    assert trainer.step == 0
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_step_1(tmp_path: Path) -> None:
+    """A file stands in its way."""
+    (tmp_path / "file").write_text("")
+    trainer = make_trainer(TensorBoard(tmp_path / "file"))
+    with pytest.raises(ConfigurationError, match="TensorBoard cannot write in"):
+        trainer.fit(TRAIN, epochs=1)
+    assert trainer.step == 0
+
+
+def test_writing_does_not_change_the_weights(tmp_path: Path) -> None:
+    """A run with TensorBoard is the run without it, to the bit."""
+    watched, plain = make_trainer(TensorBoard(tmp_path)), make_trainer()
+    for trainer in (watched, plain):
+        trainer.fit(TRAIN, VAL, epochs=2)
+    for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_ones_own_handler_can_write_beside_it(tmp_path: Path) -> None:
+    """A value per step, by tensorboardX itself, in a second file of the same directory."""
+    from tensorboardX import SummaryWriter
+
+    trainer = make_trainer(TensorBoard(tmp_path))
+    writer: Any = SummaryWriter(str(tmp_path), filename_suffix=".steps")
+
+    @trainer.on(StepEnd, when=every(2))
+    def note(event: StepEnd) -> None:
+        writer.add_scalar("step_loss", trainer.peek()["train_loss"], trainer.step)
+
+    trainer.fit(TRAIN, epochs=2)
+    writer.close()
+    curves = read(tmp_path)
+    assert [step for step, _ in curves["step_loss"]] == [2, 4, 6]
+    assert len(curves["train_loss"]) == 2

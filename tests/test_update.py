@@ -1,0 +1,387 @@
+"""`engine.update`: the one right order of an optimizer update, its windows, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Batch, class_batches, linear, make_trainer
+from torch import Tensor, nn
+
+from camshaft.callbacks import Penalty, Schedule, StopOnNonFinite, WeightAverage
+from camshaft.engine import (
+    Callback,
+    CamshaftError,
+    DataError,
+    Engine,
+    EngineStateError,
+    EpochEnd,
+    Event,
+    GradientsReady,
+    LossReady,
+    StepEnd,
+    UpdateEnd,
+)
+
+
+def train_step(engine: Engine, batch: Batch) -> Tensor:
+    inputs, target = batch
+    loss = nn.functional.cross_entropy(engine.parts["model"](inputs), target)
+    if engine.training:
+        engine.update(loss)
+    return loss
+
+
+def make_engine(window: int = 1, step: Any = train_step) -> Engine:
+    """An engine in function style, whose window is set on ``engine.update`` itself."""
+    model = linear()
+    engine = Engine(step, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    engine.update.window_batches = window
+    return engine
+
+
+def fit_in_own_loop(engine: Engine, data: list[Batch], *, epochs: int, max_steps: int | None = None) -> None:
+    """The script style."""
+    for _ in engine.epochs(epochs, max_steps=max_steps):
+        for batch in engine.train(data):
+            engine.record(loss=train_step(engine, batch))
+
+
+def weights(engine: Engine) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in engine.parts["model"].parameters()]
+
+
+def equal(mine: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+def gradients(engine: Engine) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in engine.parts["model"].parameters()]
+
+
+def names_of(engine: Engine, *events: type[Event]) -> list[str]:
+    """A list that will hold the name of each of these events, as they happen."""
+    seen: list[str] = []
+    for event in events:
+        engine.subscribe(event, lambda event: seen.append(type(event).__name__))
+    return seen
+
+
+def steps_of(engine: Engine, event: type[Event]) -> list[int]:
+    """A list that will hold the step of each such event."""
+    seen: list[int] = []
+    engine.subscribe(event, lambda event: seen.append(event.engine.step))
+    return seen
+
+
+def by_hand(groups: list[list[Batch]]) -> list[Tensor]:
+    """The loop that everyone writes: one update for the samples of each group together."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for group in groups:
+        inputs, target = (torch.cat(parts) for parts in zip(*group, strict=True))
+        nn.functional.cross_entropy(model(inputs), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def overflow_at(step: int, num_steps: int) -> list[Batch]:
+    """Batches of which one has finite gradients that `scaler` drives beyond float32."""
+    data = class_batches(*[8] * num_steps)
+    data[step - 1] = (data[step - 1][0] * 1e12, data[step - 1][1])
+    return data
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=1000)
+
+
+def test_loss_gradients_update_and_step_end_come_in_this_order() -> None:
+    engine = make_engine()
+    seen = names_of(engine, EpochEnd, StepEnd, UpdateEnd, GradientsReady, LossReady)
+    engine.fit(class_batches(8, 8), epochs=1)
+    assert seen == [*["LossReady", "GradientsReady", "UpdateEnd", "StepEnd"] * 2, "EpochEnd"]
+
+
+def test_a_window_has_a_loss_for_each_batch_and_one_update() -> None:
+    """Three batches in windows of two: the short last window is updated before the epoch ends."""
+    engine = make_engine(window=2)
+    seen = names_of(engine, EpochEnd, StepEnd, UpdateEnd, GradientsReady, LossReady)
+    engine.fit(class_batches(8, 8, 8), epochs=1)
+    first = ["LossReady", "StepEnd", "LossReady", "GradientsReady", "UpdateEnd", "StepEnd"]
+    assert seen[:6] == first
+    assert [name for name in seen[6:] if name != "StepEnd"] == ["LossReady", "GradientsReady", "UpdateEnd", "EpochEnd"]
+
+
+@pytest.mark.parametrize("style", ["function", "script"])
+def test_an_update_is_backward_step_and_zero_grad_to_the_bit(style: str) -> None:
+    """In function style and in script style, the weights are those of the loop by hand."""
+    data, engine = class_batches(8, 8, 3), make_engine()
+    if style == "function":
+        engine.fit(data, epochs=3)
+    else:
+        fit_in_own_loop(engine, data, epochs=3)
+    assert equal(weights(engine), by_hand([[batch] for batch in data] * 3))
+    assert engine.num_updates == 9
+
+
+def test_no_gradient_outlives_its_update() -> None:
+    """They are set to None, so that an optimizer skips what the next batch does not touch."""
+    engine = make_engine()
+    left: list[Tensor | None] = []
+    engine.subscribe(StepEnd, lambda event: left.extend(p.grad for _, p in event.engine.named_parameters()))
+    engine.fit(class_batches(8, 8), epochs=1)
+    assert left == [None] * 4
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_gradients_ready_shows_unscaled_gradients_to_the_bit(window: int) -> None:
+    """A scale that is a power of two leaves no trace, if it is taken out exactly once per update."""
+    seen: list[list[list[Tensor]]] = []
+    for scale in (torch.amp.GradScaler("cpu", init_scale=2.0**12), None):
+        engine = make_engine(window)
+        engine.update.scaler = scale
+        seen.append([])
+        engine.subscribe(GradientsReady, lambda event: seen[-1].append(gradients(event.engine)))
+        engine.fit(class_batches(8, 8, 8, 8), epochs=1)
+    assert len(seen[0]) == 4 // window
+    assert all(equal(scaled, plain) for scaled, plain in zip(*seen, strict=True))
+
+
+def test_the_scaler_has_unscaled_already_when_gradients_are_ready() -> None:
+    """Torch itself refuses a second time: what a handler sees are the gradients the optimizer will take."""
+
+    def unscale_again(event: GradientsReady) -> None:
+        with pytest.raises(RuntimeError, match="already been called"):
+            event.engine.update.scaler.unscale_(event.engine.parts["optimizer"])  # type: ignore[union-attr]  # set below
+
+    engine = make_engine()
+    engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    engine.subscribe(GradientsReady, unscale_again)
+    engine.fit(class_batches(8, 8), epochs=1)
+    assert equal(weights(engine), by_hand([[batch] for batch in class_batches(8, 8)]))
+
+
+def test_a_step_that_the_scaler_skips_counts_as_skipped_and_moves_nothing() -> None:
+    """Batch 3 of 5 overflows: it has neither an UpdateEnd nor a share in the weights."""
+    data, engine = overflow_at(3, 5), make_engine()
+    engine.update.scaler = scaler()
+    updates = steps_of(engine, UpdateEnd)
+    engine.fit(data, epochs=1)
+    assert updates == [1, 2, 4, 5]
+    assert (engine.num_updates, engine.num_skipped_updates) == (4, 1)
+    assert engine.update.scaler.get_scale() == 2.0**99
+    assert equal(weights(engine), by_hand([[data[0]], [data[1]], [data[3]], [data[4]]]))
+
+
+def test_a_scale_that_grows_is_no_skipped_step() -> None:
+    """Doubled after each update, it says nothing against any of them."""
+    engine = make_engine()
+    engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    engine.fit(class_batches(8, 8, 8), epochs=1)
+    assert engine.update.scaler.get_scale() == 16.0
+    assert (engine.num_updates, engine.num_skipped_updates) == (3, 0)
+
+
+def test_what_a_handler_returns_at_loss_ready_is_differentiated_and_not_recorded() -> None:
+    """Handlers see each other's loss in order; the history keeps the step's own."""
+    data, plain, doubled = class_batches(8), make_engine(), make_engine()
+    doubled.subscribe(LossReady, lambda event: event.loss + 1.0)
+    doubled.subscribe(LossReady, lambda event: (event.loss - 1.0) * 2)
+    seen: list[list[Tensor]] = []
+    for engine in (plain, doubled):
+        engine.subscribe(GradientsReady, lambda event: seen.append(gradients(event.engine)))
+        engine.fit(data, epochs=1)
+    assert equal(seen[1], [2 * gradient for gradient in seen[0]])
+    assert doubled.history["train_loss"] == plain.history["train_loss"]
+
+
+@pytest.mark.parametrize("replacement", [1.0, torch.ones(3, requires_grad=True), torch.tensor(1.0)])
+def test_what_takes_the_place_of_the_loss_must_be_a_loss(replacement: Any) -> None:
+    """A number, three numbers or a constant cannot be differentiated: refused as the step's own loss would be."""
+    engine = make_engine()
+    engine.subscribe(LossReady, lambda event: replacement)
+    with pytest.raises(DataError, match=r"[Tt]he loss"):
+        engine.fit(class_batches(8), epochs=1)
+
+
+@pytest.mark.parametrize("style", ["function", "script"])
+def test_a_window_never_straddles_two_epochs(style: str) -> None:
+    """Five batches in windows of two: each epoch ends with a window of one, which counts in full."""
+    data, engine = class_batches(8, 8, 8, 8, 8), make_engine(window=2)
+    steps = steps_of(engine, UpdateEnd)
+    if style == "function":
+        engine.fit(data, epochs=2)
+    else:
+        fit_in_own_loop(engine, data, epochs=2)
+    assert steps == [2, 4, 5, 7, 9, 10]
+    expected = by_hand([data[:2], data[2:4], data[4:]] * 2)
+    torch.testing.assert_close(weights(engine), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("style", ["function", "script"])
+@pytest.mark.parametrize("end", ["max_steps", "stop"])
+def test_a_run_that_ends_within_a_window_makes_its_update(style: str, end: str) -> None:
+    """Step 6 is the last, in the middle of a window of four: its two batches are not lost."""
+    data, engine = class_batches(*[8] * 8), make_engine(window=4)
+    if end == "stop":
+        engine.subscribe(StepEnd, lambda event: event.engine.stop("enough"), when=lambda step: step == 6)
+    max_steps = 6 if end == "max_steps" else None
+    if style == "function":
+        engine.fit(data, epochs=2, max_steps=max_steps)
+    else:
+        fit_in_own_loop(engine, data, epochs=2, max_steps=max_steps)
+    assert (engine.step, engine.num_updates) == (6, 2)
+    torch.testing.assert_close(weights(engine), by_hand([data[:4], data[4:6]]), rtol=1e-6, atol=1e-6)
+
+
+def test_an_epoch_left_by_a_break_makes_the_update_of_its_window() -> None:
+    """The next epoch begins with an empty window."""
+    data, engine = class_batches(*[8] * 4), make_engine(window=2)
+    for _ in engine.epochs(2):
+        for batch in engine.train(data):
+            train_step(engine, batch)
+            if engine.epoch_step == 3:
+                break
+    assert engine.num_updates == 4
+    torch.testing.assert_close(weights(engine), by_hand([data[:2], data[2:3]] * 2), rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_that_failed_within_a_window_leaves_nothing_to_the_next() -> None:
+    """The batch before the error has no say in the second run, neither in its gradients nor in its scale."""
+    data, engine = class_batches(*[8] * 4), make_trainer()
+    engine.update.window_batches = 2
+    handle = engine.subscribe(StepEnd, lambda event: 1 / 0, when=lambda step: step == 1)
+    with pytest.raises(ZeroDivisionError):
+        engine.fit(data, epochs=1)
+    handle.cancel()
+    engine.fit(data, epochs=1)
+    torch.testing.assert_close(weights(engine), by_hand([data[:2], data[2:]]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_handler_can_record_at_each_update_also_at_the_last_short_one() -> None:
+    """The gradient norm of each of the two windows of an epoch is averaged into train_grad_norm."""
+
+    def log_norm(event: GradientsReady) -> None:
+        norm = nn.utils.get_total_norm([p.grad for _, p in event.engine.named_parameters() if p.grad is not None])
+        norms.append(norm.item())
+        event.engine.record(grad_norm=norm, weight=1)
+
+    norms: list[float] = []
+    engine = make_engine(window=2)
+    engine.subscribe(GradientsReady, log_norm)
+    history = engine.fit(class_batches(8, 8, 8), epochs=1)
+    assert len(norms) == 2
+    assert history["train_grad_norm"] == [pytest.approx(sum(norms) / 2, rel=1e-6)]
+
+
+def test_a_batch_weighs_in_its_window_by_the_samples_that_the_step_states() -> None:
+    """Where a batch does not tell its size, ``engine.update(loss, num_samples)`` does: here 2 and 6."""
+
+    def step(engine: Engine, batch: dict[str, Any]) -> None:
+        loss = nn.functional.cross_entropy(engine.parts["model"](batch["x"]), batch["y"])
+        engine.update(loss, batch["size"])
+
+    data, engine = class_batches(2, 6), make_engine(window=2, step=step)
+    engine.fit([{"x": x, "y": y, "size": len(x), "scale": torch.ones(3)} for x, y in data], epochs=1)
+    torch.testing.assert_close(weights(engine), by_hand([data]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**12])
+def test_skip_leaves_out_this_one_update(scale: float | None) -> None:
+    """Weights, momentum and count are as if batch 2 had not been; batch 3 is learnt from again."""
+    data, engine = class_batches(8, 8, 8), make_engine()
+    engine.update.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    updates = steps_of(engine, UpdateEnd)
+    engine.subscribe(GradientsReady, lambda event: event.engine.update.skip() if event.engine.step == 2 else None)
+    engine.fit(data, epochs=1)
+    assert updates == [1, 3]
+    assert (engine.num_updates, engine.num_skipped_updates) == (2, 1)
+    assert equal(weights(engine), by_hand([[data[0]], [data[2]]]))
+
+
+def test_an_engine_without_an_optimizer_says_which_part_is_missing() -> None:
+    model = linear()
+    engine = Engine(train_step, model=model, adam=torch.optim.Adam(model.parameters()))
+    with pytest.raises(EngineStateError, match=r"part named optimizer.*model, adam\. Write Engine\(.*optimizer="):
+        engine.fit(class_batches(8), epochs=1)
+
+
+def test_an_update_in_a_validation_says_that_a_step_asks_for_training() -> None:
+    """A step that forgets ``if engine.training`` is told so, and not that a tensor lacks a grad_fn."""
+
+    def step(engine: Engine, batch: Batch) -> None:
+        engine.update(nn.functional.cross_entropy(engine.parts["model"](batch[0]), batch[1]))
+
+    with pytest.raises(CamshaftError, match=r"engine\.training"):
+        make_engine(step=step).fit(class_batches(8), class_batches(8), epochs=1)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        Penalty(l2=1.0),
+        WeightAverage(),
+        StopOnNonFinite("skip"),
+        Schedule(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), per="update"),
+    ],
+    ids=repr,
+)
+def test_a_step_that_updates_by_itself_is_told_which_handler_never_hears_of_it(callback: Callback) -> None:
+    """A handler of losses or updates would do nothing at all, in silence, next to a plain ``optimizer.step()``."""
+    engine = make_engine(step=step_by_hand)
+    engine.attach(callback)
+    with pytest.raises(CamshaftError, match=r"engine\.update"):
+        engine.fit(class_batches(8, 8), epochs=2)
+
+
+def step_by_hand(engine: Engine, batch: Batch) -> None:
+    nn.functional.cross_entropy(engine.parts["model"](batch[0]), batch[1]).backward()
+    engine.parts["optimizer"].step()
+    engine.parts["optimizer"].zero_grad()
+
+
+class Duel:
+    """A generator and a discriminator with an optimizer each, which are stepped in turn."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.generator, self.discriminator = nn.Linear(2, 4), nn.Linear(4, 1)
+        self.slow = torch.optim.Adam(self.generator.parameters(), lr=0.01)
+        self.fast = torch.optim.Adam(self.discriminator.parameters(), lr=0.02)
+
+    def step(self, engine: Engine | None, batch: Batch) -> dict[str, Tensor]:
+        real, fake = batch[0], self.generator(batch[0][:, :2])
+        softplus = nn.functional.softplus
+        loss_d = softplus(-self.discriminator(real)).mean() + softplus(self.discriminator(fake.detach())).mean()
+        self._update(self.fast, loss_d)
+        loss_g = softplus(-self.discriminator(fake)).mean()
+        self._update(self.slow, loss_g)
+        return {"loss_d": loss_d, "loss_g": loss_g}
+
+    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def state(self) -> list[Tensor]:
+        return [*self.generator.state_dict().values(), *self.discriminator.state_dict().values()]
+
+
+def test_a_step_with_two_optimizers_of_its_own_is_left_alone() -> None:
+    """Two networks, stepped in turn by the step itself: the weights are those of the loop by hand, to the bit."""
+    data, mine, plain = class_batches(8, 8, 8), Duel(), Duel()
+    parts: dict[str, Any] = {
+        "generator": mine.generator,
+        "discriminator": mine.discriminator,
+        "slow": mine.slow,
+        "fast": mine.fast,
+    }
+    engine = Engine(mine.step, **parts)
+    history = engine.fit(data, epochs=2)
+    losses = [plain.step(None, batch)["loss_g"].item() for _ in range(2) for batch in data]
+    assert equal(mine.state(), plain.state())
+    assert history["train_loss_g"][0] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
+    assert engine.num_updates == 0
