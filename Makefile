@@ -5,16 +5,16 @@ RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typed/camshaft
 
-.PHONY: demo test test-all check format bench clean
+.PHONY: demo test test-all check format soak bench clean
 
 demo: $(READY)  ## train the digits recipe and say where its run directory is
 	$(RUN)/python examples/digits.py
 
 test: $(READY)  ## the tests, without those marked slow or gpu
-	$(RUN)/pytest -m "not slow and not gpu"
+	$(RUN)/pytest -n 2 -m "not slow and not gpu"
 
 test-all: $(READY)  ## every test that this machine can run
-	$(RUN)/pytest
+	$(RUN)/pytest -n 2
 
 check: $(READY) $(TYPED)  ## format, lint, types
 	$(RUN)/ruff format --check .
@@ -25,6 +25,9 @@ check: $(READY) $(TYPED)  ## format, lint, types
 format: $(READY)  ## put the code in the one format
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+
+soak: $(READY)  ## kill and resume at least 100 runs, and compare them with those that ran through
+	$(RUN)/python tests/soak.py --kills 100
 
 bench: $(READY)  ## measure, and write docs/performance.md
 	$(RUN)/python benchmarks/run.py

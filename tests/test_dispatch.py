@@ -37,7 +37,11 @@ def test_handlers_run_in_the_order_they_were_attached() -> None:
     order: list[str] = []
     engine = Engine(idle)
     for name in "cab":
-        engine.subscribe(FitStart, lambda event, name=name: order.append(name))
+
+        def note(event: FitStart, name: str = name) -> None:
+            order.append(name)
+
+        engine.subscribe(FitStart, note)
     engine.fit([1], epochs=1)
     assert order == ["c", "a", "b"]
 

@@ -303,7 +303,7 @@ def test_a_damaged_file_is_found_named_and_the_one_before_is_used(
     newest, _ = RunCheckpoint(tmp_path).files.files()
     content = bytearray(newest.path.read_bytes())
     content[len(content) // 2] ^= 1
-    newest.path.write_bytes({"flip": bytes(content), "truncate": content[:1000], "empty": b""}[damage])
+    newest.path.write_bytes({"flip": bytes(content), "truncate": bytes(content[:1000]), "empty": b""}[damage])
     resumed = run(build(tmp_path, "plain", None), resume="auto")
     assert f"{newest.path} is damaged: the SHA-256 of its" in caplog.text
     assert_same(resumed, through)

@@ -152,3 +152,12 @@ def test_a_real_signal_in_process_ends_the_run_behind_the_step_and_a_second_run_
     history = engine.fit([1, 2, 3, 4], epochs=1)
     assert (engine.step, history.exit_code) == (2, 128 + signal.SIGUSR1)
     assert engine.fit([1, 2], epochs=1).exit_code == 0
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_and_resumed_end_bit_identical() -> None:
+    """Ten SIGKILLs; `make soak` makes a hundred."""
+    soak = Path(__file__).with_name("soak.py")
+    done = subprocess.run([sys.executable, soak, "--kills", "10"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mismatches 0" in done.stdout
