@@ -6,6 +6,7 @@ from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
 from .learning_rate_finder import LearningRateFinder
 from .metrics import Metrics
+from .micro_batch import MicroBatch
 from .non_finite import StopOnNonFinite
 from .placement import Placement
 from .precision import MixedPrecision
@@ -28,6 +29,7 @@ __all__ = [
     "RunCheckpoint",
     "Accumulate",
     "ClipGradients",
+    "MicroBatch",
     "Schedule",
     "warmup_cosine",
     "WeightAverage",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Trainer(Engine):
         super().__init__(seed=seed, model=model, optimizer=optimizer, loss_fn=loss_fn, **parts)
         _check_optimizer(optimizer, self)
         self.prepare_batch = prepare_batch
+        self.divide: Callable[[Any], None] | None = None  # takes a batch in parts, see MicroBatch
         self._loss_arity = _num_required(loss_fn)
         self.stages.declare("loss", higher_is_better=False)
         self.stages.add_metrics(metrics or {})
@@ -85,10 +86,24 @@ class Trainer(Engine):
 
     def training_step(self, batch: Any) -> None:
         """Forward, loss, update, record: what a fit does with each batch."""
+        if self.divide is not None:
+            self.divide(batch)
+            return
         output, target, loss = self._forward(batch)
         weight = num_samples(batch)
         self.update(loss, weight)
         self._record_step(output, target, loss, weight)
+
+    def train_in_parts(self, parts: Sequence[Any], num_samples_in_all: int) -> None:
+        """Train on one batch that comes in parts, with the gradients and the averages of the whole."""
+        done: list[tuple[Any, Any, Tensor, int]] = []
+        for part in parts:
+            output, target, loss = self._forward(part)
+            weight = num_samples(part)
+            self.update(loss, weight, whole=num_samples_in_all)
+            done.append((tree_map(Tensor.detach, output), target, loss.detach(), weight))
+        for record in done:  # only when all of them went well
+            self._record_step(*record)
 
     def evaluation_step(self, batch: Any) -> None:
         """Forward, loss, record."""

@@ -49,15 +49,17 @@ class Update:
         self.scaler: torch.amp.GradScaler | None = None
         self._skips = False
         self._batches = 0  # in the open window
+        self._part = 0.0  # samples of a batch that comes in parts
         self._samples = 0.0
         self._nominal = 0.0  # samples a full window would have, judged by its first batch
 
-    def __call__(self, loss: Tensor, num_samples: float | None = None) -> None:
+    def __call__(self, loss: Tensor, num_samples: float | None = None, *, whole: float | None = None) -> None:
         """Differentiate ``loss`` and, when the window is full, update the weights.
 
         Args:
             loss: one element, the mean over the batch.
             num_samples: how many samples it is the mean of; taken from the batch by default.
+            whole: for a part of a batch, how many samples the batch has; the last part completes it.
 
         Raises:
             DataError: if the loss is not one number, or nothing in it can be trained.
@@ -72,18 +74,24 @@ class Update:
         if engine.step >= self._loss_ready.due:
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value), loss, engine.step)
             check_loss(loss, engine)
-        if self.window_batches > 1 or self.window_samples is not None:
-            loss = loss * self._share(engine.num_samples() if num_samples is None else num_samples)
+        complete = True
+        if self.window_batches > 1 or self.window_samples is not None or whole is not None:
+            num_samples = engine.num_samples() if num_samples is None else num_samples
+            loss = loss * self._share(num_samples, whole or num_samples)
+            self._part += num_samples
+            complete = whole is None or self._part >= whole
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        self._batches += 1
-        if self._window_is_full():
-            self._apply()
+        if complete:
+            self._part = 0.0
+            self._batches += 1
+            if self._window_is_full():
+                self._apply()
 
     def reset(self) -> None:
         """Forget a window that an earlier run left open, with its gradients."""
-        if self._batches:
+        if self._batches or self._part:
             self._optimizer().zero_grad()
-        self._batches, self._samples, self._nominal = 0, 0.0, 0.0
+        self._batches, self._part, self._samples, self._nominal = 0, 0.0, 0.0, 0.0
 
     def flush(self) -> None:
         """Make the update of a window that the end of the epoch cut short, if one is open."""
@@ -114,9 +122,9 @@ class Update:
         """Leave out the update that is about to be made; for handlers of GradientsReady."""
         self._skips = True
 
-    def _share(self, num_samples: float) -> float:
-        if not self._batches:
-            self._nominal = self.window_samples or num_samples * self.window_batches
+    def _share(self, num_samples: float, whole: float) -> float:
+        if not self._samples:
+            self._nominal = self.window_samples or whole * self.window_batches
         self._samples += num_samples
         return num_samples / self._nominal
 

@@ -1,0 +1,90 @@
+"""Batches that do not fit into memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camshaft.engine import Callback, ConfigurationError, Engine, Trainer, num_samples
+from camshaft.engine.batch import tree_map
+from camshaft.engine.errors import whole_number
+
+logger = logging.getLogger("camshaft")
+
+
+class MicroBatch(Callback):
+    """Halves a batch that runs out of memory and goes on, with the gradients and averages of the whole batch.
+
+    The batch is trained in parts, each of which counts by its samples, and updated once. From then on every batch
+    comes in as many parts. Batch normalisation sees the parts, not the whole; dropout draws anew.
+
+    Args:
+        num_parts: how many parts to begin with.
+
+    Raises:
+        ConfigurationError: if attached to something else than a `Trainer`.
+        torch.OutOfMemoryError: if a single sample does not fit.
+    """
+
+    def __init__(self, num_parts: int = 1) -> None:
+        self.num_parts = whole_number("MicroBatch's num_parts", num_parts, least=1)
+
+    def attach(self, engine: Engine) -> None:
+        """Take over the trainer's step."""
+        if not isinstance(engine, Trainer):
+            raise ConfigurationError(
+                "MicroBatch divides a Trainer's step, and this engine has its own. "
+                "Call engine.update(loss, num_samples, whole=num_samples_of_the_batch) for each part."
+            )
+        super().attach(engine)
+        engine.divide = lambda batch: self._train(engine, batch)
+
+    def _train(self, trainer: Trainer, batch: Any) -> None:
+        total = num_samples(batch)
+        window = tree_map(Tensor.clone, trainer.update.state_dict())  # holds gradients only if one is open
+        while True:
+            try:
+                trainer.train_in_parts(_split(batch, min(self.num_parts, total), total), total)
+                return
+            except torch.OutOfMemoryError:
+                trainer.update.reset()
+                trainer.parts["optimizer"].zero_grad()
+                trainer.update.load_state_dict(window)
+                if self.num_parts >= total:
+                    raise
+            self.num_parts *= 2  # outside of the handler, whose traceback holds the tensors of the failed try
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning("Out of memory at step %d: batches now come in %d parts.", trainer.step, self.num_parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of parts."""
+        return {"num_parts": self.num_parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the number of parts."""
+        self.num_parts = state["num_parts"]
+
+    def __repr__(self) -> str:
+        return f"MicroBatch({self.num_parts})"
+
+
+def _split(batch: Any, num_parts: int, total: int) -> list[Any]:
+    """Return the parts of a batch; what has not one item per sample goes with each."""
+    size = -(-total // num_parts)
+    return [_cut(batch, start, start + size, total) for start in range(0, total, size)]
+
+
+def _cut(value: Any, start: int, stop: int, total: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _cut(item, start, stop, total) for key, item in value.items()}
+    if isinstance(value, list) and len(value) == total and not isinstance(value[0], Tensor):
+        return value[start:stop]  # names, or targets of differing sizes: an item per sample
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.ndim and len(tensor) == total else tensor
+
+    return tree_map(cut, value)
