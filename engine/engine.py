@@ -7,30 +7,19 @@ style: your own two loops over the same events.
 from __future__ import annotations
 
 import logging
-import math
-import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .announcer import Announcer
-from .batch import num_samples
 from .callback import Callback, check_callbacks
-from .checkpoint import CheckpointDirectory
-from .errors import ConfigurationError, DataError, EngineStateError, whole_number
+from .errors import ConfigurationError, DataError, EngineStateError
 from .events import (
     BatchReady,
-    EpochEnd,
-    EpochStart,
-    FitEnd,
-    FitStart,
-    RunFailed,
     Settled,
-    StepEnd,
     ValidationEnd,
     ValidationStart,
     ValidationStepEnd,
@@ -39,11 +28,8 @@ from .history import History
 from .order import Data, Pass, SeededLoader, check_data, empty_message, exactness, num_batches, one_pass
 from .plan import Plan
 from .record import Record, prefixed, scalars
-from .rng import own_rng, seed_everything
-from .signals import handled_signals
-from .stages import Stages
-from .state import find, load_run_state
-from .update import Update
+from .rng import own_rng
+from .run import Run
 from .when import NEVER
 
 StepFunction = Callable[["Engine", Any], Tensor | Mapping[str, Any] | None]
@@ -51,7 +37,7 @@ StepFunction = Callable[["Engine", Any], Tensor | Mapping[str, Any] | None]
 logger = logging.getLogger("camshaft")
 
 
-class Engine(Announcer):
+class Engine(Run):
     """Runs training and validation, and announces each moment as an event.
 
     Args:
@@ -85,46 +71,13 @@ class Engine(Announcer):
     ) -> None:
         if step is not None and not callable(step):
             raise ConfigurationError(f"step is {step!r}, not a function. Write def step(engine, batch): ...")
-        if seed is not None:
-            whole_number("seed", seed, least=0)
-        super().__init__()
+        super().__init__(seed, parts)
         self._step_function = step
-        self.seed = seed
-        self.parts: dict[str, Any] = parts
-        self.history = History()
-        self.stages = Stages()
-        self.directory: Path | None = None
-        self.epoch = self.step = self.validation_step = 0
-        self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
-        self.stage = ""
-        self.batch: Any = None
-        self.output: Any = None
-        self.plan: Plan | None = None
-        self.validates: bool | None = None  # None: unknown, the script style decides as it goes
-        self.epoch_length: int | None = None
-        self.validation_length: int | None = None
-        self.last_epoch = self.last_step = math.inf
-        self._end_of_epoch = NEVER
-        self.stop_reason: str | None = None
-        self.first_epoch = self.first_step = self.step_before_epoch = self.validated_step = 0
-        self.epoch_is_open = False
-        self.interrupted: signal.Signals | None = None
-        self.resumes = False  # whether this run was asked to resume
-        self.checkpoints: CheckpointDirectory | None = None
-        self._ended_step = 0
-        self._passed = False  # whether this epoch's training data are through
-        self._pass: Pass | None = None
-        self._resumed_data: dict[str, Any] | None = None
         self._seeded: SeededLoader | None = None
         self._said_exactness = False
-        self._record: Record | None = None
-        self.newest: dict[str, Any] = {}
-        self._modes: dict[nn.Module, bool] = {}
         self._batch_ready = self.dispatch.channel(BatchReady)
-        self._step_end = self.dispatch.channel(StepEnd)
         self._settled = self.dispatch.channel(Settled)
         self._validation_step_end = self.dispatch.channel(ValidationStepEnd)
-        self.update = Update(self)
         for callback in check_callbacks(callbacks):
             self.attach(callback)
 
@@ -265,19 +218,27 @@ class Engine(Announcer):
         """Give one batch's output and target to every metric of the present stage."""
         self._present_record().measure(output, target, self.num_samples() if weight is None else weight)
 
-    def num_samples(self) -> int:
-        """Return the number of samples in the present batch."""
-        return num_samples(self.batch)
+    def _take(self, output: Tensor | Mapping[str, Any]) -> None:
+        self.output = output
+        if isinstance(output, Tensor):
+            self.record(loss=output)
+        elif isinstance(output, Mapping):
+            self.record(**output)
+        else:
+            raise DataError(
+                f"The step returned {output!r}, of type {type(output).__name__}. "
+                "Return None, a tensor, or a dict such as {'loss': loss}."
+            )
 
-    @property
-    def epoch_step(self) -> int:
-        """The number of the present step within its epoch."""
-        return self.step - self.step_before_epoch
+    def _present_record(self) -> Record:
+        if self._record is None:
+            raise EngineStateError(
+                "Values were recorded outside a stage. "
+                "Record inside the body of engine.train(...) or engine.validate(...)."
+            )
+        return self._record
 
-    @property
-    def training(self) -> bool:
-        """Whether the present stage is training."""
-        return self.stage == "train"
+    # Evaluation ----------------------------------------------------------------------------------------
 
     @contextmanager
     def _evaluating(self, stage: str) -> Iterator[Record]:
@@ -318,112 +279,32 @@ class Engine(Announcer):
         if not self.validation_step:
             raise DataError(empty_message(name, data))
 
-    # Run control ---------------------------------------------------------------------------------------
+    def _validate(self, val: Data | None) -> None:
+        if val is not None and not self.interrupted:
+            for batch in self.validate(val):
+                self.evaluation_step(batch)
 
-    def stop(self, reason: str) -> None:
-        """End the run after this step (or epoch, or validation); ``history.reason`` will say why.
+    def _validation_was_cut_short(self, plan: Plan) -> bool:
+        """Return whether the run was interrupted in a validation in mid-epoch, and has just been resumed."""
+        return self.step > self.validated_step and self.epoch_step > 0 and plan.validates_after_step(self.step)
 
-        Before ``min_epochs`` are done it does not count. The other handlers of the present event still run.
-        """
-        plan = self._require_run("stop")
-        if self.epoch - self.first_epoch - (not self._passed) < plan.min_epochs:
-            logger.info("Going on, for min_epochs=%d, though asked to stop: %s", plan.min_epochs, reason)
-            return
-        self.stop_reason = self.stop_reason or reason
-        self.last_step = self._end_of_epoch = self.step
+    # Training data -------------------------------------------------------------------------------------
 
-    def interrupt(self, signal: signal.Signals) -> None:
-        """End the run behind this step without ending the epoch, so that a checkpoint can take it up again."""
-        self.interrupted = signal
-        self._end_of_epoch = 0
-
-    def _run(self, plan: Plan, resume: str | Path | None = None) -> Generator[int, None, None]:
-        """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
-        if self.plan is not None:
-            raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
-        self._begin_run(plan)
-        self.resumes = resume is not None
-        try:
-            with self.scope("fit"), handled_signals(self.interrupt):
-                try:
-                    self.emit(FitStart(self))
-                    self._resume(plan, resume)
-                    while not self.is_over():
-                        if not self.epoch_is_open:
-                            self._begin_epoch()
-                        yield self.epoch
-                        self._end_epoch()
-                    if self.interrupted:
-                        self.emit(Settled(self))  # once more: the signal may have come behind the last one
-                except BaseException as error:
-                    self._announce_end(error)
-                    raise
-                self._announce_end()
-        finally:
-            self._leave_run()
-
-    def _begin_run(self, plan: Plan) -> None:
-        if self.num_fits:
-            logger.info("Going on from epoch %d, step %d.", self.epoch, self.step)
-        elif self.seed is not None:
-            seed_everything(self.seed)
-        self.num_fits += 1
-        self.first_epoch, self.first_step = self.epoch, self.step
-        self.epoch_is_open, self._passed = False, True
-        self.stop_reason = self.interrupted = None
-        self._set_goal(plan)
-        self.dispatch.rewind()
-        self.update.reset()
-        self._begin_modes()
-        self.plan = plan
-
-    def _begin_modes(self) -> None:
-        model = self.modules().get("model")
-        self._modes = {} if model is None else {module: module.training for module in model.modules()}
-        if model is not None and not model.training:
-            logger.info("The model was in eval mode: set to training for the run.")
-            model.train()
-
-    def _set_goal(self, plan: Plan) -> None:
-        self.last_epoch = math.inf if plan.epochs is None else self.first_epoch + plan.epochs
-        self.last_step = math.inf if plan.max_steps is None else self.first_step + plan.max_steps
-        if self.stop_reason is not None:
-            self.last_step = self.step
-
-    def is_over(self) -> bool:
-        """Return whether nothing is left to do: the goal is reached, or a signal has come."""
-        return bool(self.interrupted) or not (self.epoch_is_open or self._goes_on())
-
-    def _goes_on(self) -> bool:
-        return self.epoch < self.last_epoch and self.step < self.last_step
-
-    def _resume(self, plan: Plan, resume: str | Path | None) -> None:
-        if resume is None:
-            return
-        if (found := find(self, resume)) is None:
-            logger.info("No checkpoint yet: a fresh start.")
-            return
-        state, source = found
-        load_run_state(self, state, source)
-        self._resumed_data = state["data"]
-        self._ended_step = self.step
-        if plan.reaches_further(**state["plan"]):
-            self.stop_reason = None
-        self._set_goal(plan)
-        self.dispatch.rewind()
-        if not self.epoch_is_open and not self._goes_on():
-            logger.info(
-                "The run is finished (%s). Pass more epochs or steps to go on.", self.stop_reason or "its goal"
+    def _expect(self, plan: Plan, train: Data, val: Data | None) -> None:
+        """Refuse what a fit could not run with, before it begins."""
+        if self._step_function is None and type(self).training_step is Engine.training_step:
+            raise ConfigurationError(
+                "This engine has no step. Write Engine(step, ...), or loop over engine.epochs(n)."
             )
-
-    def _begin_epoch(self) -> None:
-        self.epoch += 1
-        self.epoch_is_open = True
-        self.step_before_epoch = self.step
-        self._passed = False
-        self.newest = {}
-        self.stages["train"].reset()
-        self.emit(EpochStart(self))
+        check_data("train", train)
+        if val is not None:
+            check_data("val", val)
+        self.validates = val is not None
+        length = num_batches(train)
+        if length is not None and plan.epoch_length is not None and length < plan.epoch_length:
+            raise DataError(_too_short(length, plan.epoch_length, "an epoch"))
+        self.epoch_length = plan.epoch_length or length
+        self.validation_length = None if val is None else num_batches(val)
 
     def _begin_training(self, data: Data) -> Iterator[Any]:
         plan = self._require_run("train")
@@ -458,127 +339,6 @@ class Engine(Announcer):
         self._passed = True
         self._flush()
 
-    def _flush(self) -> None:
-        """Make the update of a window that the epoch's end cut short; that is still training."""
-        self.stage, self._record = "train", self.stages["train"]
-        self.update.flush()
-        self.stage, self._record = "", None
-
-    def _epoch_is_over(self) -> bool:
-        length = self._require_run("train").epoch_length
-        return bool(self.interrupted) or self.step >= self.last_step or self.epoch_step == length
-
-    def _end_step(self) -> None:
-        if self.step > self._ended_step:
-            self._ended_step = self.step
-            if self.step >= self._step_end.due:
-                self._step_end.emit(StepEnd(self, self.batch, self.output), self.step)
-
-    def _end_epoch(self) -> None:
-        self._end_step()  # open still if the user's loop was left by a break
-        if self.interrupted:
-            return
-        self._flush()
-        self._check_updates()
-        with own_rng():
-            metrics = prefixed("train", self.stages["train"].compute()) | self.newest
-            self.history.add_epoch(self.epoch, self.step, scalars(metrics))
-            self.emit(EpochEnd(self, metrics))
-        self.epoch_is_open = False
-        self.emit(Settled(self))
-
-    def _check_updates(self) -> None:
-        """Refuse handlers that hear nothing because the step goes past ``engine.update``."""
-        if self.num_updates or self.num_skipped_updates:
-            return
-        if deaf := [repr(callback) for callback in self.callbacks if callback.needs_update]:
-            raise ConfigurationError(
-                f"{', '.join(deaf)} had no effect in this epoch, for the step never called engine.update. "
-                "Write engine.update(loss) in place of loss.backward(), optimizer.step() and optimizer.zero_grad()."
-            )
-
-    def _announce_end(self, error: BaseException | None = None) -> None:
-        plan = self._require_run("fit")
-        reason = self.stop_reason or plan.goal(by_steps=self.epoch < self.last_epoch)
-        if self.interrupted:
-            reason = f"interrupted by {self.interrupted.name}"
-        if isinstance(error, GeneratorExit):
-            reason = f"the loop was left in epoch {self.epoch}"
-        elif error is not None:
-            reason = f"failed with {type(error).__name__}: {error}"
-            error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
-            if "DataLoader worker" in str(error):  # torch interrupts whatever runs when a worker of its has died
-                error.add_note(
-                    "A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0."
-                )
-        self.history.reason = reason
-        self.history.interrupted = self.interrupted
-        if error is not None and not isinstance(error, GeneratorExit):
-            self._emit_last(RunFailed(self, error), error)
-        self._emit_last(FitEnd(self, reason), error)
-
-    def _leave_run(self) -> None:
-        self.plan = self._pass = None
-        self.stage, self._record, self.batch, self.output = "", None, None, None
-        for module, mode in self._modes.items():
-            module.training = mode
-
-    def _emit_last(self, event: RunFailed | FitEnd, error: BaseException | None) -> None:
-        """Let every handler hear the end; an error of theirs never hides the one that ended the run."""
-        try:
-            self.dispatch.channel(type(event)).emit_to_all(event, self.num_fits)
-        except Exception as second:
-            if error is None:
-                raise
-            error.add_note(f"While the run was ending, too: {second!r}")
-
-    # What handlers ask ---------------------------------------------------------------------------------
-
-    def peek(self) -> dict[str, float]:
-        """Return the present stage's newest averages that have reached the host, without waiting for more."""
-        return {} if self._record is None else prefixed(self.stage, self._record.peek())
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return those parts that are modules, by name."""
-        return {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every parameter of every module, under its name within its part."""
-        for module in self.modules().values():
-            yield from module.named_parameters()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first parameter; the CPU where there is none."""
-        return next((parameter.device for _, parameter in self.named_parameters()), torch.device("cpu"))
-
-    # Checks --------------------------------------------------------------------------------------------
-
-    def _expect(self, plan: Plan, train: Data, val: Data | None) -> None:
-        """Refuse what a fit could not run with, before it begins."""
-        if self._step_function is None and type(self).training_step is Engine.training_step:
-            raise ConfigurationError(
-                "This engine has no step. Write Engine(step, ...), or loop over engine.epochs(n)."
-            )
-        check_data("train", train)
-        if val is not None:
-            check_data("val", val)
-        self.validates = val is not None
-        length = num_batches(train)
-        if length is not None and plan.epoch_length is not None and length < plan.epoch_length:
-            raise DataError(_too_short(length, plan.epoch_length, "an epoch"))
-        self.epoch_length = plan.epoch_length or length
-        self.validation_length = None if val is None else num_batches(val)
-
-    def _validate(self, val: Data | None) -> None:
-        if val is not None and not self.interrupted:
-            for batch in self.validate(val):
-                self.evaluation_step(batch)
-
-    def _validation_was_cut_short(self, plan: Plan) -> bool:
-        """Return whether the run was interrupted in a validation in mid-epoch, and has just been resumed."""
-        return self.step > self.validated_step and self.epoch_step > 0 and plan.validates_after_step(self.step)
-
     def seeded_view(self, data: Data) -> SeededLoader | None:
         """Return the view of a loader whose order depends on the seed alone; None without a seed or positions."""
         if self.seed is None or not SeededLoader.fits(data):
@@ -591,31 +351,6 @@ class Engine(Announcer):
     def data_state(self) -> dict[str, Any] | None:
         """Return where the training data stand, or None between two passes."""
         return None if self._pass is None else self._pass.state_dict(self.step)
-
-    def _take(self, output: Tensor | Mapping[str, Any]) -> None:
-        self.output = output
-        if isinstance(output, Tensor):
-            self.record(loss=output)
-        elif isinstance(output, Mapping):
-            self.record(**output)
-        else:
-            raise DataError(
-                f"The step returned {output!r}, of type {type(output).__name__}. "
-                "Return None, a tensor, or a dict such as {'loss': loss}."
-            )
-
-    def _present_record(self) -> Record:
-        if self._record is None:
-            raise EngineStateError(
-                "Values were recorded outside a stage. "
-                "Record inside the body of engine.train(...) or engine.validate(...)."
-            )
-        return self._record
-
-    def _require_run(self, what: str) -> Plan:
-        if self.plan is None:
-            raise EngineStateError(f"engine.{what} stands outside a run. Write: for epoch in engine.epochs(n): ...")
-        return self.plan
 
     def _add_reading_note(self, error: Exception, position: int) -> None:
         error.add_note(f"While reading batch {position} of the {self.stage} data in epoch {self.epoch}.")
