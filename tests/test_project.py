@@ -73,8 +73,8 @@ def test_every_exported_name_exists_and_says_what_it_is(package: object) -> None
     assert not [name for name in names if not getattr(package, name).__doc__]
 
 
-def readme_blocks() -> list[str]:
-    text = (ROOT / "README.md").read_text()
+def blocks(path: str) -> list[str]:
+    text = (ROOT / path).read_text()
     return [block.split("```")[0] for block in text.split("```python\n")[1:]]
 
 
@@ -83,7 +83,7 @@ def test_the_code_in_the_readme_runs_and_is_short(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in readme_blocks():
+    for block in blocks("README.md"):
         exec(block, names)
     out = capsys.readouterr().out
     assert "epoch 1: loss" in out
@@ -91,6 +91,20 @@ def test_the_code_in_the_readme_runs_and_is_short(
     (run,) = (tmp_path / "runs").iterdir()
     left = {path.name for path in run.iterdir()}
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv"} < left
+
+
+def test_the_code_about_updates_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("docs/update.md"):
+        exec(block, names)
+
+
+def test_your_own_handler_and_event_take_less_than_15_lines_each() -> None:
+    (block,) = (block for block in blocks("README.md") if "class LossSpike" in block)
+    event, handler = block.split("class SpikeWatch")
+    assert len([line for line in event.splitlines() if line]) < 15
+    assert len([line for line in handler.split("engine =")[0].splitlines() if line]) < 15
 
 
 def test_the_readme_lists_the_events_in_firing_order() -> None:
