@@ -10,7 +10,7 @@ from helpers import Batch, class_batches, linear, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from camshaft.callbacks import Accumulate, ClipGradients
+from camshaft.callbacks import Accumulate, ClipGradients, MixedPrecision
 from camshaft.engine import (
     BatchReady,
     Callback,
@@ -307,3 +307,17 @@ def test_a_step_that_updates_by_itself_is_told_that_the_handler_has_no_effect(ca
     with pytest.raises(CamshaftError, match=r"engine\.update"):
         engine.fit(class_batches(8, 8), epochs=2)
     assert engine.epoch <= 1
+
+
+def test_a_window_in_bf16_gives_the_gradients_of_the_big_batch_to_its_tolerance() -> None:
+    """Ragged batches and clipping included; bfloat16 keeps eight bits, so a part in a hundred."""
+    found: list[list[Tensor]] = []
+    for window, sizes in (([Accumulate(4)], [8, 8, 8, 3]), ([], [27])):
+        trainer = make_trainer(*window, MixedPrecision("bf16"), ClipGradients(norm=0.1))
+        seen = gradients(trainer)
+        inputs, target = class_batches(27)[0]
+        trainer.fit(list(zip(inputs.split(sizes), target.split(sizes), strict=True)), epochs=1)
+        found.append(seen[0])
+    small, big = found
+    torch.testing.assert_close(small, big, rtol=1e-2, atol=1e-3)
+    assert max(grad.norm() for grad in big) > 0.01
