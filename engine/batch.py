@@ -63,7 +63,10 @@ def num_samples(batch: Any) -> int:
     # The common case first: this runs on every step.
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
         size = len(batch[0])
-        if all(isinstance(item, Tensor) and item.ndim and len(item) == size for item in batch):
+        for item in batch:
+            if not isinstance(item, Tensor) or not item.ndim or len(item) != size:
+                break
+        else:
             return size
     parts = list((_fields(batch) or {}).values()) or (batch if isinstance(batch, tuple | list) else [batch])
     # Tensors tell for certain; a list among the parts holds one item per sample only where there are none.

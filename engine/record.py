@@ -101,9 +101,10 @@ class Record:
         for name, value in values.items():
             if name in self.computed or name in self.functions:
                 raise DataError(f'A value named "{name}" was recorded, which is a metric\'s. Give it another name.')
-            self._accumulate(name, value, weight)
+            self.accumulate(name, value, weight)
 
-    def _accumulate(self, name: str, value: float | Tensor, weight: float) -> None:
+    def accumulate(self, name: str, value: float | Tensor, weight: float) -> None:
+        """Add one value whose name is known to be free."""
         meter = self.meters.get(name)
         if meter is None:
             meter = self.meters[name] = AverageMeter()
@@ -117,7 +118,7 @@ class Record:
         if self.functions:
             with torch.no_grad():
                 for name, metric in self.functions.items():
-                    self._accumulate(name, metric(output, target), weight)
+                    self.accumulate(name, metric(output, target), weight)
         for computed in self.computed.values():
             computed.update(output, target)
 

@@ -108,6 +108,7 @@ class Trainer(Engine):
     def evaluation_step(self, batch: Any) -> None:
         """Forward, loss, record."""
         output, target, loss = self._forward(batch)
+        check_loss(loss, self)
         self._record_step(output, target, loss, num_samples(batch))
 
     def evaluate(self, data: Data) -> dict[str, Any]:
@@ -164,12 +165,11 @@ class Trainer(Engine):
             ) from error
         if isinstance(loss, tuple) and "loss" in getattr(loss, "_fields", ()):
             loss = loss.loss  # type: ignore[attr-defined]  # AdaptiveLogSoftmaxWithLoss: a named tuple
-        check_loss(loss, self)
-        return loss  # type: ignore[no-any-return]  # check_loss has seen that it is a tensor
+        return loss  # type: ignore[no-any-return]  # check_loss sees to it, here or in engine.update
 
     def _record_step(self, output: Any, target: Any, loss: Tensor, weight: int) -> None:
         record = self._present_record()
-        record.add({"loss": loss}, weight)
+        record.accumulate("loss", loss, weight)
         record.measure(output, target, weight)
 
     def _before_training(self, event: FitStart) -> None:

@@ -137,10 +137,14 @@ class until:  # noqa: N801
 
 @dataclass(frozen=True, slots=True)
 class every_seconds:  # noqa: N801
-    """Run when ``seconds`` of wall-clock time have passed since the last time (or since it was made)."""
+    """Run when ``seconds`` of wall-clock time have passed since the last time (or since it was made).
+
+    The clock is not read at every count: the pace so far tells about when to look again, at most 64 counts later.
+    """
 
     seconds: float
     _last: list[float] = field(default_factory=lambda: [time.monotonic()], repr=False, compare=False)
+    _looked: list[float] = field(default_factory=lambda: [time.monotonic(), 0], repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.seconds, int | float) and 0 < self.seconds < math.inf):
@@ -158,8 +162,12 @@ class every_seconds:  # noqa: N801
         return True
 
     def next_due(self, count: int) -> int:
-        """Return the next count: only the clock knows."""
-        return count + 1
+        """Return a count about half-way to the time, judged by the pace since the last look."""
+        now = time.monotonic()
+        pace = (count - self._looked[1]) / max(now - self._looked[0], 1e-9)
+        self._looked[:] = (now, count)
+        half_way = int(pace * (self.seconds - (now - self._last[0])) / 2)
+        return count + min(max(half_way, 1), 64)
 
 
 @dataclass(frozen=True, slots=True)
