@@ -60,11 +60,11 @@ def num_samples(batch: Any) -> int:
     >>> num_samples((torch.zeros(8, 3), torch.zeros(8)))
     8
     """
-    # The common case first: this runs on every step.
+    # The common case first: this runs on every step. Tensor.size is C, Tensor.__len__ is not.
     if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
-        size = len(batch[0])
+        size = batch[0].size(0)
         for item in batch:
-            if not isinstance(item, Tensor) or not item.ndim or len(item) != size:
+            if not isinstance(item, Tensor) or not item.ndim or item.size(0) != size:
                 break
         else:
             return size
