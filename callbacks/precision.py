@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart
 
 Precision = Literal["fp16", "bf16"]
 
@@ -14,8 +14,9 @@ Precision = Literal["fp16", "bf16"]
 class MixedPrecision(Callback):
     """Runs model and loss under autocast; fp16 with a gradient scaler.
 
-    Weights and optimizer stay in float32. bf16 needs no scaler and works on the CPU, too. With fp16, each
-    update waits for the device: torch's scaler has to know whether there was an overflow.
+    A step of your own says where: ``with engine.scope("forward"):``. Weights and optimizer stay in float32. bf16 needs
+    no scaler and works on the CPU, too. With fp16, each update waits for the device: torch's scaler has to know
+    whether there was an overflow.
 
     Args:
         precision: "fp16" (CUDA only) or "bf16".
@@ -29,6 +30,7 @@ class MixedPrecision(Callback):
         if precision not in ("fp16", "bf16"):
             raise ConfigurationError(f'MixedPrecision does not know {precision!r}. Write "fp16" or "bf16".')
         self.precision = precision
+        self._entered = False
 
     def attach(self, engine: Engine) -> None:
         """Put autocast around every forward pass, in training and evaluation."""
@@ -52,7 +54,16 @@ class MixedPrecision(Callback):
                 f'{torch.cuda.get_device_name(device)} has no bf16. Write MixedPrecision("fp16"), or leave it out.'
             )
 
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Refuse a step that never enters the scope."""
+        if not self._entered:
+            raise ConfigurationError(
+                "MixedPrecision had no effect in this epoch, for the step never entered its scope. "
+                'Write: with engine.scope("forward"): around model and loss.'
+            )
+
     def _autocast(self) -> torch.autocast:
+        self._entered = True
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.engine.device.type, dtype=dtype)
 

@@ -121,7 +121,10 @@ def warmup_cosine(
     >>> schedule = Schedule(warmup_cosine(optimizer, warmup=10, total=100), per="update")
     """
     whole_number("warmup", warmup, least=1)
-    whole_number("total", total, least=warmup + 1)
+    if whole_number("total", total, least=1) <= warmup:
+        raise ConfigurationError(
+            f"warmup={warmup} leaves nothing of total={total}. Pass a larger total, or a smaller warmup."
+        )
     if not (is_number(min_lr) and min_lr >= 0):
         raise ConfigurationError(f"min_lr is {min_lr!r}. Pass a number of at least 0.")
     if not (is_number(start_factor) and 0 < start_factor <= 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ def num_samples(batch: Any) -> int:
         else:
             return size
     parts = list((_fields(batch) or {}).values()) or (batch if isinstance(batch, tuple | list) else [batch])
+    lengths = {len(part) if isinstance(part, tuple | list) else -1 for part in parts}
+    if len(parts) > 1 and len(lengths) == 1 and -1 not in lengths and _has_dicts(parts):
+        return lengths.pop()  # images and their targets, as detection loaders give them: one item per sample
     # Tensors tell for certain; a list among the parts holds one item per sample only where there are none.
     sizes = {size for part in parts for size in _first_dimensions(part)}
     sizes = sizes or {len(part) for part in parts if isinstance(part, list)}
@@ -143,6 +146,10 @@ def _fields(batch: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return None
+
+
+def _has_dicts(parts: Iterable[Any]) -> bool:
+    return any(isinstance(item, Mapping) for part in parts for item in part)
 
 
 def _first_dimensions(part: Any) -> Iterator[int]:

@@ -240,6 +240,16 @@ class Engine(Run):
 
     # Evaluation ----------------------------------------------------------------------------------------
 
+    def evaluate(self, data: Data) -> dict[str, Any]:
+        """Return ``{"loss": ..., "acc": ...}`` over ``data``, without touching the run.
+
+        Scalars are floats; a metric that is none (a confusion matrix) is a tensor on the CPU.
+        """
+        with self._evaluating("test") as record:
+            for batch in self._evaluation_batches("data", data):
+                self.evaluation_step(batch)
+            return record.compute()
+
     @contextmanager
     def _evaluating(self, stage: str) -> Iterator[Record]:
         """Eval mode, no gradients, random numbers of its own and a fresh record; all undone at the end."""

@@ -111,16 +111,6 @@ class Trainer(Engine):
         check_loss(loss, self)
         self._record_step(output, target, loss, num_samples(batch))
 
-    def evaluate(self, data: Data) -> dict[str, Any]:
-        """Return ``{"loss": ..., "acc": ...}`` over ``data``, without touching the run.
-
-        Scalars are floats; a metric that is none (a confusion matrix) is a tensor on the CPU.
-        """
-        with self._evaluating("test") as record:
-            for batch in self._evaluation_batches("data", data):
-                self.evaluation_step(batch)
-            return record.compute()
-
     def predict(self, data: Data) -> Any:
         """Return the model's outputs over ``data``, joined along the first dimension, on the CPU."""
         outputs = []

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Models this small are no faster on more threads, and far slower where other processes want the cores.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked gpu where there is no CUDA device."""

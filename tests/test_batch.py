@@ -72,6 +72,8 @@ def test_a_function_of_ones_own_splits_the_batch() -> None:
         (X, 8),
         ([[X, X], Y], 8),
         ([[torch.zeros(3, 5), torch.zeros(3, 7)], [{"boxes": X}, {"boxes": X}]], 2),
+        (((torch.zeros(3, 5), torch.zeros(3, 7)), ({"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(3, 4)})), 2),
+        (((X, X), Y), 8),
         ({"x": X, "name": "a"}, 8),
     ],
 )

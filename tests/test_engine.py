@@ -506,3 +506,9 @@ def test_workers_are_gone_when_the_run_is_over() -> None:
 def test_the_loop_fits_a_screen() -> None:
     source = inspect.getsource(Engine.fit).split('"""')[2]
     assert len(source.strip().splitlines()) <= 25
+
+
+def test_a_step_function_can_be_evaluated_too() -> None:
+    engine = Engine(lambda engine, batch: {"value": batch, "training": float(engine.training)})
+    assert engine.evaluate([torch.tensor([1.0]), torch.tensor([3.0])]) == {"value": 2.0, "training": 0.0}
+    assert engine.history.validations == []

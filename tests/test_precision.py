@@ -88,6 +88,13 @@ def test_autocast_ends_with_the_forward_pass() -> None:
     assert inside == [False] * 4
 
 
+def test_a_step_that_never_enters_the_scope_is_told_so() -> None:
+    """Mixed precision would do nothing at all, in silence."""
+    engine = Engine(lambda engine, batch: None, model=torch.nn.Linear(1, 1), callbacks=[MixedPrecision("bf16")])
+    with pytest.raises(ConfigurationError, match=r'with engine.scope\("forward"\)'):
+        engine.fit([1], epochs=1)
+
+
 def test_bf16_needs_no_loss_scaler() -> None:
     """Its range is that of float32."""
     trainer = make_trainer(MixedPrecision("bf16"))
