@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart
+from camshaft.engine import Callback, ConfigurationError, Engine, FitStart, StepEnd
 
 Precision = Literal["fp16", "bf16"]
 
@@ -37,6 +37,7 @@ class MixedPrecision(Callback):
         super().attach(engine)
         self.engine = engine
         engine.around("forward", self._autocast)
+        self._first_step = engine.subscribe(StepEnd, self._check_first_step)
 
     def on_fit_start(self, event: FitStart) -> None:
         """Refuse what the device cannot do; give fp16 its scaler."""
@@ -54,11 +55,12 @@ class MixedPrecision(Callback):
                 f'{torch.cuda.get_device_name(device)} has no bf16. Write MixedPrecision("fp16"), or leave it out.'
             )
 
-    def on_epoch_end(self, event: EpochEnd) -> None:
-        """Refuse a step that never enters the scope."""
+    def _check_first_step(self, event: StepEnd) -> None:
+        """Refuse a step that does not enter the scope; looked at once."""
+        self._first_step.cancel()
         if not self._entered:
             raise ConfigurationError(
-                "MixedPrecision had no effect in this epoch, for the step never entered its scope. "
+                "MixedPrecision had no effect in the first step, which did not enter its scope. "
                 'Write: with engine.scope("forward"): around model and loss.'
             )
 

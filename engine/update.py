@@ -110,8 +110,9 @@ class Update:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._batches, self._samples, self._nominal = state["window"]
-        for parameter, grad in zip(self._parameters(), state["grads"] or [], strict=False):
-            parameter.grad = None if grad is None else grad.to(parameter.device)
+        if state["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
+            for parameter, grad in zip(self._parameters(), state["grads"], strict=True):
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
 

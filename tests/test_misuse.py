@@ -198,7 +198,7 @@ SETTINGS: list[Case] = [
     (Schedule, {"scheduler": "cosine"}, "'cosine', which is no scheduler"),
     (Schedule, {"scheduler": lambda optimizer: StepLR(optimizer, 1), "per": "step"}, "per='step'"),
     (warmup_cosine, {"optimizer": None, "warmup": 0, "total": 10}, "warmup is 0"),
-    (warmup_cosine, {"optimizer": None, "warmup": 10, "total": 10}, "total is 10"),
+    (warmup_cosine, {"optimizer": None, "warmup": 10, "total": 10}, "leaves nothing of total=10"),
     (WeightAverage, {"kind": "mean"}, "does not know 'mean'"),
     (WeightAverage, {"decay": 1.0}, "decay=1.0"),
     (WeightAverage, {"decay": math.nan}, "decay=nan"),

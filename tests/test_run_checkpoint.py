@@ -381,3 +381,36 @@ def test_the_script_style_resumes_in_mid_epoch(tmp_path: Path) -> None:
 def test_a_setting_that_cannot_work_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"\. (Pass|Write) "):
         RunCheckpoint(tmp_path, **settings)
+
+
+def test_a_step_with_optimizers_of_its_own_resumes_too(tmp_path: Path) -> None:
+    """No part is named optimizer: each is saved under its own name."""
+
+    def make(directory: Path | None) -> Engine:
+        torch.manual_seed(1)
+        body, head = nn.Linear(4, 4), nn.Linear(4, 3)
+        slow, fast = (torch.optim.Adam(part.parameters(), lr=0.02) for part in (body, head))
+
+        def step(engine: Engine, batch: Any) -> Tensor:
+            loss = nn.functional.cross_entropy(head(body(batch[0])), batch[1])
+            loss.backward()
+            for optimizer in (slow, fast):
+                optimizer.step()
+                optimizer.zero_grad()
+            return loss
+
+        callbacks = [] if directory is None else [RunCheckpoint(directory)]
+        return Engine(step, callbacks=callbacks, body=body, head=head, slow=slow, fast=fast)
+
+    def fit(engine: Engine, **settings: Any) -> Engine:
+        seed_everything(3)
+        engine.fit(DataLoader(Augmented(), batch_size=3, shuffle=True), epochs=2, **settings)
+        return engine
+
+    through = fit(make(None))
+    cut = make(tmp_path)
+    cut.subscribe(StepEnd, lambda event: cut.interrupt(signal.SIGTERM) if cut.step == 5 else None)
+    fit(cut)
+    resumed = fit(make(tmp_path), resume="auto")
+    for name in ("body", "head", "slow", "fast"):
+        assert_equal(resumed.parts[name].state_dict(), through.parts[name].state_dict(), name)
