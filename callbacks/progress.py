@@ -45,6 +45,7 @@ class ProgressBar(Callback):
         self._file = file
         self._bars: list[Any] = []  # the epoch's, and below it the validation's
         self._began = 0.0
+        self._painted = 0.0
 
     @property
     def file(self) -> TextIO:
@@ -89,6 +90,11 @@ class ProgressBar(Callback):
         self._bars.pop().close()
 
     def _paint(self, event: StepEnd | ValidationStepEnd | ValidationStart) -> None:
+        # The two bars' filters have a clock each; together they keep to the pace of one.
+        now = time.monotonic()
+        if not isinstance(event, ValidationStart) and now - self._painted < self._repaint.seconds:
+            return
+        self._painted = now
         engine = event.engine
         validating = isinstance(event, ValidationStepEnd)
         if not self._bars:  # a run resumed in mid-epoch heard no EpochStart
@@ -107,6 +113,7 @@ class ProgressBar(Callback):
         self._write(f"{epoch_title(engine)}  step {engine.epoch_step}{length}  {values}")
 
     def _new_bar(self, title: str, total: int | None) -> Any:
+        self._painted = time.monotonic()
         tqdm = importlib.import_module("tqdm.notebook" if in_notebook() else "tqdm").tqdm
         # The values stand before the times, which are what a narrow terminal may lose.
         shape = None if total is None else "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"

@@ -61,14 +61,12 @@ class Channel(Generic[E]):
     def add(self, handler: Handler[E], when: When) -> Subscription[E]:
         """Append a handler; it takes part from the next dispatch on."""
         subscription = Subscription(self, handler, when)
-        self.subscriptions = (*self.subscriptions, subscription)
-        self._settle_due()
+        self._set((*self.subscriptions, subscription))
         return subscription
 
     def remove(self, subscription: Subscription[E]) -> None:
         """Take a handler out."""
-        self.subscriptions = tuple(s for s in self.subscriptions if s is not subscription)
-        self._settle_due()
+        self._set(tuple(s for s in self.subscriptions if s is not subscription))
 
     def rewind(self) -> None:
         """Ask every filter afresh: the counter was set to another value."""
@@ -127,9 +125,13 @@ class Channel(Generic[E]):
             subscription.due = subscription.when.next_due(count)
         return subscription.when(count)
 
+    def _set(self, subscriptions: tuple[Subscription[E], ...]) -> None:
+        self.subscriptions = subscriptions
+        self.filtered = any(not subscription.always for subscription in subscriptions)
+        self._settle_due()
+
     def _settle_due(self) -> None:
         self.due = min((subscription.due for subscription in self.subscriptions), default=NEVER)
-        self.filtered = any(not subscription.always for subscription in self.subscriptions)
 
     def _add_note(self, error: Exception, subscription: Subscription[E], count: int) -> None:
         error.add_note(
