@@ -22,26 +22,39 @@ Handler = Callable[[E], object]
 class Subscription(Generic[E]):
     """One handler of one event; ``cancel()`` ends it.
 
-    ``due`` is a lower bound: the filter need not be asked before the counter reaches it. A cancelled handler is
-    never due, also in the dispatch that is under way.
+    ``due`` is a lower bound: the filter need not be asked before the counter reaches it. What is called is
+    ``call``: the handler until it is cancelled and nothing from then on, also in the dispatch that is under way.
     """
 
-    __slots__ = ("_channel", "always", "due", "handler", "when")
+    __slots__ = ("_channel", "always", "call", "due", "handler", "when")
 
     def __init__(self, channel: Channel[E], handler: Handler[E], when: When) -> None:
         self._channel = channel
-        self.handler = handler
+        self.handler = self.call = handler
         self.when = when
         self.always = isinstance(when, Always)
         self.due = 0
 
     def cancel(self) -> None:
         """Stop hearing, from this moment on; a second call does nothing."""
-        self.due = NEVER
+        self.call = _nothing
         self._channel.remove(self)
+
+    def is_due(self, count: int) -> bool:
+        """Return whether the filter lets this count through, and look up when to ask it again."""
+        if self.always:
+            return True
+        if count < self.due:
+            return False
+        self.due = self.when.next_due(count)
+        return self.when(count)
 
     def __repr__(self) -> str:
         return f"{self._channel.event.__name__} -> {describe(self.handler)}{_when_text(self.when)}"
+
+
+def _nothing(event: object) -> None:
+    """Stand in for a cancelled handler."""
 
 
 class Channel(Generic[E]):
@@ -79,11 +92,10 @@ class Channel(Generic[E]):
         subscription = None
         try:
             for subscription in self.subscriptions:
-                if count >= subscription.due and (subscription.always or self._ask(subscription, count)):
-                    subscription.handler(event)
+                if subscription.always or (count >= subscription.due and subscription.is_due(count)):
+                    subscription.call(event)
         except Exception as error:
-            if subscription is not None:
-                self._add_note(error, subscription, count)
+            self._add_note(error, subscription, count)
             raise
         if self.filtered:
             self._settle_due()
@@ -91,12 +103,14 @@ class Channel(Generic[E]):
     def emit_to_all(self, event: E, count: int) -> None:
         """Call each handler that is due, also after one has raised; then raise the first error."""
         errors: list[Exception] = []
-        for subscription in self._due(count):
+        for subscription in self.subscriptions:
             try:
-                subscription.handler(event)
+                if subscription.is_due(count):
+                    subscription.call(event)
             except Exception as error:
                 self._add_note(error, subscription, count)
                 errors.append(error)
+        self._settle_due()
         if errors:
             for other in errors[1:]:
                 errors[0].add_note(f"Another handler of {self.event.__name__} failed, too: {other!r}")
@@ -104,26 +118,19 @@ class Channel(Generic[E]):
 
     def transform(self, build: Callable[[Any], E], value: Any, count: int) -> Any:
         """Offer ``value`` to each handler that is due and return what they made of it."""
-        for subscription in self._due(count):
-            try:
-                replacement = subscription.handler(build(value))
-            except Exception as error:
-                self._add_note(error, subscription, count)
-                raise
-            if replacement is not None:
-                value = replacement
+        subscription = None
+        try:
+            for subscription in self.subscriptions:
+                if subscription.always or (count >= subscription.due and subscription.is_due(count)):
+                    replacement = subscription.call(build(value))
+                    if replacement is not None:
+                        value = replacement
+        except Exception as error:
+            self._add_note(error, subscription, count)
+            raise
+        if self.filtered:
+            self._settle_due()
         return value
-
-    def _due(self, count: int) -> Iterator[Subscription[E]]:
-        for subscription in self.subscriptions:
-            if count >= subscription.due and self._ask(subscription, count):
-                yield subscription
-        self._settle_due()
-
-    def _ask(self, subscription: Subscription[E], count: int) -> bool:
-        if not subscription.always:
-            subscription.due = subscription.when.next_due(count)
-        return subscription.when(count)
 
     def _set(self, subscriptions: tuple[Subscription[E], ...]) -> None:
         self.subscriptions = subscriptions
@@ -133,11 +140,12 @@ class Channel(Generic[E]):
     def _settle_due(self) -> None:
         self.due = min((subscription.due for subscription in self.subscriptions), default=NEVER)
 
-    def _add_note(self, error: Exception, subscription: Subscription[E], count: int) -> None:
-        error.add_note(
-            f"Raised by {describe(subscription.handler)}, a handler of {self.event.__name__}, "
-            f"at {self.event.counter} {count}."
-        )
+    def _add_note(self, error: Exception, subscription: Subscription[E] | None, count: int) -> None:
+        if subscription is not None:
+            error.add_note(
+                f"Raised by {describe(subscription.handler)}, a handler of {self.event.__name__}, "
+                f"at {self.event.counter} {count}."
+            )
 
 
 class Dispatch:

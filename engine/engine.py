@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from .rng import own_rng
 from .run import Run
 from .when import NEVER
 
-StepFunction = Callable[["Engine", Any], Tensor | Mapping[str, Any] | None]
+StepOutput = Tensor | Mapping[str, Any] | None
+StepFunction = Callable[["Engine", Any], StepOutput]
 
 logger = logging.getLogger("camshaft")
 
@@ -52,6 +54,7 @@ class Engine(Run):
         epoch, step, num_validations, num_updates: counters, 1-based. During the first step ``step`` is 1.
         epoch_step, validation_step: the step's number within its epoch or its validation.
         stage: "train", "val", "test", "predict", or "" between them.
+        batch, output: the present batch, and what the model or the step made of it.
         history: the `History` of all runs of this engine.
         parts: the named objects of the run.
         directory: where handlers write what a run leaves behind; None writes nothing.
@@ -114,14 +117,15 @@ class Engine(Run):
         """
         plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every)
         self._expect(plan, train, val)
-        loop, step = self._run(plan, resume), self.training_step
+        loop, step = self._run(plan, resume), self._bound_step()
         try:
             for _ in loop:
                 if self._validation_was_cut_short(plan):
                     self._validate(val)
                 next_validation = plan.next_validation(self.step)
                 for batch in self.train(train):
-                    step(batch)
+                    if (output := step(batch)) is not None:
+                        self._take(output)
                     if self.step >= next_validation and plan.validates_after_step(self.step):
                         next_validation = plan.next_validation(self.step)
                         self._validate(val)
@@ -153,7 +157,7 @@ class Engine(Run):
                 self.step = step = step + 1
                 if step >= batch_ready.due:
                     batch = batch_ready.transform(lambda batch: BatchReady(self, batch), batch, step)
-                self.batch = batch
+                self.batch, self.output = batch, None
                 yield batch
                 if step >= step_end.due:
                     self._end_step()
@@ -195,14 +199,19 @@ class Engine(Run):
 
     # What a step does ----------------------------------------------------------------------------------
 
-    def training_step(self, batch: Any) -> None:
-        """Train on one batch: calls the step function and records what it returns."""
-        if (output := self._step_function(self, batch)) is not None:  # type: ignore[misc]  # fit has checked it
-            self._take(output)
+    def training_step(self, batch: Any) -> StepOutput:
+        """Train on one batch and return what to record: what the step function does."""
+        return self._step_function(self, batch)  # type: ignore[misc]  # fit has checked it
 
-    def evaluation_step(self, batch: Any) -> None:
+    def evaluation_step(self, batch: Any) -> StepOutput:
         """Evaluate one batch: the same step function, which can look at ``engine.training``."""
-        self.training_step(batch)
+        return self.training_step(batch)
+
+    def _bound_step(self) -> Callable[[Any], StepOutput]:
+        """Return what trains on a batch: the step function itself where that is all, which saves a call per step."""
+        if self._step_function is not None and type(self).training_step is Engine.training_step:
+            return partial(self._step_function, self)
+        return self.training_step
 
     def record(self, *, weight: float | None = None, **values: float | Tensor) -> None:
         """Add values, each the mean over ``weight`` samples, to the averages of the present stage.
@@ -215,11 +224,19 @@ class Engine(Run):
         self._present_record().add(values, self.num_samples() if weight is None else weight)
 
     def measure(self, output: Any, target: Any, *, weight: float | None = None) -> None:
-        """Give one batch's output and target to every metric of the present stage."""
+        """Give one batch's output and target to every metric of the present stage.
+
+        Handlers find the output as ``event.output``.
+        """
+        self.output = output
         self._present_record().measure(output, target, self.num_samples() if weight is None else weight)
 
-    def _take(self, output: Tensor | Mapping[str, Any]) -> None:
-        self.output = output
+    def _take(self, output: StepOutput) -> None:
+        """Record what a step returned; handlers see it where the step has given its output to no metric."""
+        if self.output is None:
+            self.output = output
+        if output is None:
+            return
         if isinstance(output, Tensor):
             self.record(loss=output)
         elif isinstance(output, Mapping):
@@ -247,7 +264,7 @@ class Engine(Run):
         """
         with self._evaluating("test") as record:
             for batch in self._evaluation_batches("data", data):
-                self.evaluation_step(batch)
+                self._take(self.evaluation_step(batch))
             return record.compute()
 
     @contextmanager
@@ -292,7 +309,7 @@ class Engine(Run):
     def _validate(self, val: Data | None) -> None:
         if val is not None and not self.interrupted:
             for batch in self.validate(val):
-                self.evaluation_step(batch)
+                self._take(self.evaluation_step(batch))
 
     def _validation_was_cut_short(self, plan: Plan) -> bool:
         """Return whether the run was interrupted in a validation in mid-epoch, and has just been resumed."""

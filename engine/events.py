@@ -102,7 +102,10 @@ class UpdateEnd(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepEnd(Event):
-    """A training step is done. ``output`` is what the model (or the step function) returned."""
+    """A training step is done.
+
+    ``output`` is what a trainer's model returned, or what a step gave to ``engine.measure``, or else returned.
+    """
 
     batch: Any
     output: Any

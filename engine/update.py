@@ -151,7 +151,7 @@ class Update:
             engine.num_skipped_updates += 1
         elif engine.num_updates >= self._update_end.due:
             self._update_end.emit(UpdateEnd(engine), engine.num_updates)
-        optimizer.zero_grad()
+        _clear_gradients(optimizer)
 
     def _step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Step, and return whether that was done."""
@@ -177,6 +177,16 @@ class Update:
             f"engine.update needs a part named optimizer, but the parts are: {', '.join(self._engine.parts)}. "
             "Write Engine(step, model=model, optimizer=optimizer)."
         )
+
+
+def _clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Do what ``zero_grad`` does; torch's own spends more on its profiler's record than on the gradients."""
+    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -76,6 +76,19 @@ def test_a_cancelled_handler_never_runs_again_not_even_in_this_dispatch() -> Non
     assert seen == [1]
 
 
+def test_a_handler_that_cancels_itself_and_raises_is_named() -> None:
+    engine = Engine(idle)
+
+    def last_words(event: StepEnd) -> None:
+        subscription.cancel()
+        raise ValueError("enough")
+
+    subscription = engine.subscribe(StepEnd, last_words)
+    with pytest.raises(ValueError, match="enough") as caught:
+        engine.fit([1], epochs=1)
+    assert "last_words, a handler of StepEnd, at step 1" in caught.value.__notes__[0]
+
+
 def test_cancelling_one_filtered_handler_leaves_the_other() -> None:
     seen: list[int] = []
 

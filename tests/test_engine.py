@@ -512,3 +512,21 @@ def test_a_step_function_can_be_evaluated_too() -> None:
     engine = Engine(lambda engine, batch: {"value": batch, "training": float(engine.training)})
     assert engine.evaluate([torch.tensor([1.0]), torch.tensor([3.0])]) == {"value": 2.0, "training": 0.0}
     assert engine.history.validations == []
+
+
+def test_handlers_see_what_a_step_gives_to_its_metrics_and_else_what_it_returns() -> None:
+    seen: list[object] = []
+
+    def step(engine: Engine, batch: Tensor) -> dict[str, Tensor]:
+        if engine.step < 3:
+            engine.measure(batch * 2, batch)
+        return {"loss": batch.sum()}
+
+    engine = Engine(step)
+    engine.subscribe(StepEnd, lambda event: seen.append(event.output))
+    engine.subscribe(ValidationStepEnd, lambda event: seen.append(event.output))
+    engine.fit([torch.ones(2)] * 3, [torch.ones(1)], epochs=1, max_steps=2)
+    assert [output.tolist() for output in seen if isinstance(output, Tensor)] == [[2, 2], [2, 2], [2]]
+    seen.clear()
+    engine.fit([torch.ones(2)], epochs=1)
+    assert seen == [{"loss": torch.tensor(2.0)}]

@@ -385,3 +385,14 @@ def test_a_step_with_two_optimizers_of_its_own_is_left_alone() -> None:
     assert equal(mine.state(), plain.state())
     assert history["train_loss_g"][0] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
     assert engine.num_updates == 0
+
+
+def test_an_optimizer_that_clears_gradients_in_its_own_way_is_asked_to() -> None:
+    class Keeping(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad(set_to_none=False)
+
+    model = linear()
+    engine = Engine(train_step, model=model, optimizer=Keeping(model.parameters(), lr=0.1))
+    engine.fit(class_batches(4), epochs=1)
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
