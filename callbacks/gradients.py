@@ -72,8 +72,7 @@ class ClipGradients(Callback):
 
     def on_gradients_ready(self, event: GradientsReady) -> None:
         """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
-        groups = event.engine.parts["optimizer"].param_groups
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in event.optimizer.param_groups for parameter in group["params"]]
         if self.norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.norm)
         elif self.value is not None:

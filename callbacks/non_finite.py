@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from camshaft.engine import Callback, DataError, Engine, EpochEnd, GradientsReady, LossReady, StepEnd, every
 from camshaft.engine.errors import ConfigurationError, whole_number
@@ -34,7 +35,7 @@ class StopOnNonFinite(Callback):
             raise ConfigurationError(f'StopOnNonFinite does not know {policy!r}. Write "raise", "stop" or "skip".')
         self.policy = policy
         self.every_steps = whole_number("StopOnNonFinite's every_steps", every_steps, least=1)
-        self._flag: Tensor | None = None
+        self._flags: dict[Optimizer, Tensor] = {}
         self._read_at = 0
 
     def attach(self, engine: Engine) -> None:
@@ -49,12 +50,13 @@ class StopOnNonFinite(Callback):
     def on_loss_ready(self, event: LossReady) -> None:
         """Raise the flag on the device if the loss is not finite."""
         seen = ~torch.isfinite(event.loss.detach())
-        self._flag = seen if self._flag is None else self._flag | seen
+        flag = self._flags.get(event.optimizer)
+        self._flags[event.optimizer] = seen if flag is None else flag | seen
 
     def _read(self, event: StepEnd | EpochEnd) -> None:
         since, self._read_at = self._read_at + 1, event.engine.step
-        flag, self._flag = self._flag, None
-        if flag is None or not flag.any():
+        flags, self._flags = self._flags, {}
+        if not any(flag.any() for flag in flags.values()):
             return
         place = f"between steps {since} and {event.engine.step}"
         if self.policy == "stop":
@@ -66,7 +68,7 @@ class StopOnNonFinite(Callback):
         )
 
     def _skip(self, event: GradientsReady) -> None:
-        flag, self._flag = self._flag, None
+        flag = self._flags.pop(event.optimizer, None)
         if flag is not None and flag.any():
             event.engine.update.skip()
 

@@ -31,6 +31,7 @@ class MixedPrecision(Callback):
             raise ConfigurationError(f'MixedPrecision does not know {precision!r}. Write "fp16" or "bf16".')
         self.precision = precision
         self._entered = False
+        self._device_type: str | None = None  # known from the first fit on; looked up at each forward before
 
     def attach(self, engine: Engine) -> None:
         """Put autocast around every forward pass, in training and evaluation."""
@@ -42,6 +43,7 @@ class MixedPrecision(Callback):
     def on_fit_start(self, event: FitStart) -> None:
         """Refuse what the device cannot do; give fp16 its scaler."""
         device = event.engine.device
+        self._device_type = device.type
         if self.precision == "fp16":
             if device.type == "cpu":
                 raise ConfigurationError(
@@ -67,7 +69,7 @@ class MixedPrecision(Callback):
     def _autocast(self) -> torch.autocast:
         self._entered = True
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.engine.device.type, dtype=dtype)
+        return torch.autocast(self._device_type or self.engine.device.type, dtype=dtype)
 
     def __repr__(self) -> str:
         return f"MixedPrecision({self.precision!r})"

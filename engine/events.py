@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -81,22 +82,25 @@ class BatchReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class LossReady(Event):
-    """The training loss is known; what a handler returns is differentiated in its place."""
+    """A training loss is known; what a handler returns is differentiated in its place, for ``optimizer``."""
 
     loss: Tensor
+    optimizer: Optimizer
 
 
 @dataclass(frozen=True, slots=True)
 class GradientsReady(Event):
-    """An update is about to be made; the parameters' ``.grad`` hold its true, unscaled gradients."""
+    """``optimizer`` is about to step; its parameters' ``.grad`` hold the true, unscaled gradients."""
 
+    optimizer: Optimizer
     counter: ClassVar[str] = "num_updates"
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateEnd(Event):
-    """The optimizer has stepped; not fired for a step that the loss scaler skipped."""
+    """``optimizer`` has stepped; not fired for a step that the loss scaler skipped."""
 
+    optimizer: Optimizer
     counter: ClassVar[str] = "num_updates"
 
 

@@ -54,6 +54,30 @@ class Plan:
             return f"max_steps={self.max_steps} reached"
         return f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} done"
 
+    def num_steps(self, epoch_length: int | None) -> int | None:
+        """Return how many steps that makes, given the steps of an epoch where they are known; None if unknown.
+
+        >>> Plan(epochs=3, max_steps=50).num_steps(epoch_length=20)
+        50
+        """
+        if self.epochs is None:
+            return self.max_steps
+        if epoch_length is None:
+            return None
+        steps = self.epochs * epoch_length
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def num_epochs(self, epoch_length: int | None) -> int | None:
+        """Return how many epochs that makes, a last one that is cut short included; None if unknown.
+
+        >>> Plan(max_steps=50).num_epochs(epoch_length=20)
+        3
+        """
+        if self.max_steps is None:
+            return self.epochs
+        steps = self.num_steps(epoch_length)
+        return None if steps is None or epoch_length is None else -(-steps // epoch_length)
+
     def reaches_further(self, epochs: int | None = None, max_steps: int | None = None) -> bool:
         """Return whether this plan goes beyond one of so many epochs and steps."""
         return (self.epochs or math.inf) > (epochs or math.inf) or (self.max_steps or math.inf) > (

@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -251,6 +251,19 @@ class Run(Announcer):
         self.stage, self._record, self.batch, self.output = "", None, None, None
         for module, mode in self._modes.items():
             module.training = mode
+
+    def planned(self, unit: Literal["update", "epoch"]) -> int | None:
+        """Return how many updates or epochs this run is to make if nothing stops it; None where that is unknown."""
+        plan, length = self._require_run("planned"), self.epoch_length
+        if unit == "epoch":
+            return plan.num_epochs(length)
+        steps, window = plan.num_steps(length), self.update.window_batches
+        if steps is None or self.update.window_samples is not None:
+            return None
+        if length is None:
+            return -(-steps // window)
+        whole, rest = divmod(steps, length)  # a window ends with its epoch
+        return whole * -(-length // window) + -(-rest // window)
 
     @property
     def epoch_step(self) -> int:

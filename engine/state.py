@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("camshaft")
 
-FORMAT = 1
+FORMAT = 2
 COUNTERS = (
     "epoch", "step", "num_validations", "num_updates", "num_skipped_updates", "first_epoch", "first_step",
     "step_before_epoch", "validated_step", "epoch_is_open", "stop_reason",
@@ -122,9 +122,10 @@ def _tell(engine: Engine, source: Path, missing: list[str], extra: list[str]) ->
 
 
 def _check(engine: Engine, state: dict[str, Any], source: Path) -> None:
-    if state["format"] > FORMAT:
+    if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{source} has format {state['format']}, and this camshaft reads up to {FORMAT}. Update camshaft."
+            f"{source} has format {state['format']}, and this camshaft reads {FORMAT}. "
+            "Use the version of camshaft that wrote it."
         )
     if state["seed"] != engine.seed or state["seed_version"] != SEED_VERSION:
         raise CheckpointError(

@@ -158,7 +158,7 @@ class Trainer(Engine):
         return loss  # type: ignore[no-any-return]  # check_loss sees to it, here or in engine.update
 
     def _record_step(self, output: Any, target: Any, loss: Tensor, weight: int) -> None:
-        record = self._present_record()
+        record = self._record or self._present_record()
         record.accumulate("loss", loss, weight)
         record.measure(output, target, weight)
 

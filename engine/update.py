@@ -12,16 +12,19 @@ zero_grad(set_to_none=True)
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .errors import DataError, EngineStateError
+from .errors import DataError, EngineStateError, did_you_mean
 from .events import GradientsReady, LossReady, UpdateEnd
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+MAIN = "optimizer"  # the part that is meant where no optimizer is named
 
 
 class Update:
@@ -33,10 +36,13 @@ class Update:
     loss (a mean over its samples) counts by its number of samples, also in a window that the end of an epoch
     cuts short. Windows never reach over an epoch's end.
 
+    A step with several optimizers names the one that a loss is for. Each has a window and a loss scaler of its own,
+    and a loss leaves gradients in nothing but what its optimizer holds.
+
     Attributes:
         window_batches: micro-batches per update.
         window_samples: samples per update instead, or None.
-        scaler: a ``torch.amp.GradScaler`` for float16, or None.
+        scaler: a ``torch.amp.GradScaler`` for float16, or None; optimizers that are named have copies of it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,23 +52,38 @@ class Update:
         self._update_end = engine.dispatch.channel(UpdateEnd)
         self.window_batches = 1
         self.window_samples: int | None = None
-        self.scaler: torch.amp.GradScaler | None = None
         self._skips = False
-        self._batches = 0  # in the open window
-        self._part = 0.0  # samples of a batch that comes in parts
-        self._samples = 0.0
-        self._nominal = 0.0  # samples a full window would have, judged by its first batch
+        self._windows = {MAIN: _Window(MAIN)}
 
-    def __call__(self, loss: Tensor, num_samples: float | None = None, *, whole: float | None = None) -> None:
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler."""
+        return self._windows[MAIN].scaler
+
+    @scaler.setter
+    def scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        for window in self._windows.values():
+            window.scaler = scaler if window.name == MAIN else copy.deepcopy(scaler)
+
+    def __call__(
+        self,
+        loss: Tensor,
+        num_samples: float | None = None,
+        *,
+        optimizer: str | None = None,
+        whole: float | None = None,
+    ) -> None:
         """Differentiate ``loss`` and, when the window is full, update the weights.
 
         Args:
             loss: one element, the mean over the batch.
             num_samples: how many samples it is the mean of; taken from the batch by default.
+            optimizer: the name of the part that steps; by default the part ``optimizer``.
             whole: for a part of a batch, how many samples the batch has; the last part completes it.
 
         Raises:
             DataError: if the loss is not one number, or nothing in it can be trained.
+            EngineStateError: if there is no such optimizer, or this is no training.
         """
         engine = self._engine
         if engine.stage not in ("train", ""):
@@ -71,112 +92,162 @@ class Update:
                 "Write: if engine.training: engine.update(loss)."
             )
         check_loss(loss, engine)
+        window = self._windows.get(optimizer or MAIN) or self._open(optimizer or MAIN)
         if engine.step >= self._loss_ready.due:
-            loss = self._loss_ready.transform(lambda value: LossReady(engine, value), loss, engine.step)
+            stepping = self._optimizer(window)
+            loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, engine.step)
             check_loss(loss, engine)
         complete = True
         if self.window_batches > 1 or self.window_samples is not None or whole is not None:
             num_samples = engine.num_samples() if num_samples is None else num_samples
-            loss = loss * self._share(num_samples, whole or num_samples)
-            self._part += num_samples
-            complete = whole is None or self._part >= whole
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            loss = loss * self._share(window, num_samples, whole or num_samples)
+            window.part += num_samples
+            complete = whole is None or window.part >= whole
+        (loss if window.scaler is None else window.scaler.scale(loss)).backward(
+            inputs=None if optimizer is None else [p for p in self._parameters(window) if p.requires_grad]
+        )
         if complete:
-            self._part = 0.0
-            self._batches += 1
-            if self._window_is_full():
-                self._apply()
+            window.part = 0.0
+            window.batches += 1
+            if self._is_full(window):
+                self._apply(window)
 
     def reset(self) -> None:
-        """Forget a window that an earlier run left open, with its gradients."""
-        if self._batches or self._part:
-            self._optimizer().zero_grad()
-        self._batches, self._part, self._samples, self._nominal = 0, 0.0, 0.0, 0.0
+        """Forget the windows that an earlier run left open, with their gradients."""
+        for window in self._windows.values():
+            if window.batches or window.part:
+                self._optimizer(window).zero_grad()
+            window.clear()
 
     def flush(self) -> None:
-        """Make the update of a window that the end of the epoch cut short, if one is open."""
-        if self._batches:
-            self._apply()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the open window with its gradients, and the scaler's state."""
-        grads = [p.grad for p in self._parameters()] if self._batches else None
-        return {
-            "window": [self._batches, self._samples, self._nominal],
-            "grads": grads,
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        self._batches, self._samples, self._nominal = state["window"]
-        if state["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
-            for parameter, grad in zip(self._parameters(), state["grads"], strict=True):
-                parameter.grad = None if grad is None else grad.to(parameter.device)
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self._optimizer().param_groups for parameter in group["params"]]
+        """Make the update of each window that the end of the epoch cut short."""
+        for window in self._windows.values():
+            if window.batches:
+                self._apply(window)
 
     def skip(self) -> None:
         """Leave out the update that is about to be made; for handlers of GradientsReady."""
         self._skips = True
 
-    def _share(self, num_samples: float, whole: float) -> float:
-        if not self._samples:
-            self._nominal = self.window_samples or whole * self.window_batches
-        self._samples += num_samples
-        return num_samples / self._nominal
+    def state_dict(self) -> dict[str, Any]:
+        """Return the open windows with their gradients, and the scalers' states, by optimizer."""
+        state: dict[str, Any] = {}
+        for name, window in self._windows.items():
+            state[name] = {
+                "window": [window.batches, window.samples, window.nominal],
+                "grads": [p.grad for p in self._parameters(window)] if window.batches else None,
+                "scaler": None if window.scaler is None else window.scaler.state_dict(),
+            }
+        return state
 
-    def _window_is_full(self) -> bool:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        for name, saved in state.items():
+            window = self._windows.get(name) or self._open(name)
+            window.batches, window.samples, window.nominal = saved["window"]
+            if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
+                for parameter, grad in zip(self._parameters(window), saved["grads"], strict=True):
+                    parameter.grad = None if grad is None else grad.to(parameter.device)
+            if window.scaler is not None and saved["scaler"] is not None:
+                window.scaler.load_state_dict(saved["scaler"])
+                if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
+                    window.scaler.scale(torch.zeros((), device=self._parameters(window)[0].device))
+
+    def _share(self, window: _Window, num_samples: float, whole: float) -> float:
+        if not window.samples:
+            window.nominal = self.window_samples or whole * self.window_batches
+        window.samples += num_samples
+        return num_samples / window.nominal
+
+    def _is_full(self, window: _Window) -> bool:
         if self.window_samples is not None:
-            return self._samples >= self.window_samples
-        return self._batches >= self.window_batches
+            return window.samples >= self.window_samples
+        return window.batches >= self.window_batches
 
-    def _apply(self) -> None:
-        engine, scaler = self._engine, self.scaler
-        optimizer = self._optimizer()
+    def _apply(self, window: _Window) -> None:
+        engine, scaler, optimizer = self._engine, window.scaler, self._optimizer(window)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        if self._samples != self._nominal:
-            grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-            torch._foreach_mul_(grads, self._nominal / self._samples)
-        self._batches, self._samples, self._nominal = 0, 0.0, 0.0
+        if window.samples != window.nominal:
+            grads = [parameter.grad for parameter in self._parameters(window) if parameter.grad is not None]
+            torch._foreach_mul_(grads, window.nominal / window.samples)
+        window.clear()
         engine.num_updates += 1
         if engine.num_updates >= self._gradients_ready.due:
-            self._gradients_ready.emit(GradientsReady(engine), engine.num_updates)
-        if not self._step(optimizer):
+            self._gradients_ready.emit(GradientsReady(engine, optimizer), engine.num_updates)
+        if not self._step(optimizer, scaler):
             engine.num_updates -= 1
             engine.num_skipped_updates += 1
         elif engine.num_updates >= self._update_end.due:
-            self._update_end.emit(UpdateEnd(engine), engine.num_updates)
+            self._update_end.emit(UpdateEnd(engine, optimizer), engine.num_updates)
         _clear_gradients(optimizer)
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
         """Step, and return whether that was done."""
         skips, self._skips = self._skips, False
-        if self.scaler is None:
+        if scaler is None:
             if not skips:
                 optimizer.step()
             return not skips
         stepped: list[bool] = []
         hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
-        scale = self.scaler.get_scale() if _decides_on_device(optimizer) else None
+        scale = scaler.get_scale() if _decides_on_device(optimizer) else None
         if not skips:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+            scaler.step(optimizer)
+        scaler.update()
         hook.remove()
-        return bool(stepped) and (scale is None or self.scaler.get_scale() >= scale)
+        return bool(stepped) and (scale is None or scaler.get_scale() >= scale)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.parts.get("optimizer")
+    def _open(self, name: str) -> _Window:
+        """Return the first window of an optimizer, which must be there."""
+        window = _Window(name)
+        window.scaler = copy.deepcopy(self.scaler)
+        self._optimizer(window)
+        self._windows[name] = window
+        return window
+
+    def _parameters(self, window: _Window) -> list[torch.nn.Parameter]:
+        return [parameter for group in self._optimizer(window).param_groups for parameter in group["params"]]
+
+    def _optimizer(self, window: _Window) -> torch.optim.Optimizer:
+        optimizer = self._engine.parts.get(window.name)
         if isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
-        raise EngineStateError(
-            f"engine.update needs a part named optimizer, but the parts are: {', '.join(self._engine.parts)}. "
-            "Write Engine(step, model=model, optimizer=optimizer)."
+        raise self._no_optimizer(window.name)
+
+    def _no_optimizer(self, name: object) -> EngineStateError:
+        parts = self._engine.parts
+        optimizers = [other for other, part in parts.items() if isinstance(part, torch.optim.Optimizer)]
+        meant = next((other for other in optimizers if parts[other] is name), None)
+        if meant is not None:
+            return EngineStateError(
+                f'engine.update was given an optimizer, where it takes the name of one. Write optimizer="{meant}".'
+            )
+        instead = "Write Engine(step, model=model, optimizer=optimizer)."
+        if optimizers:
+            guess = did_you_mean(str(name), optimizers)
+            instead = f'{guess}Write engine.update(loss, optimizer="{optimizers[0]}"), or name the part optimizer.'
+        return EngineStateError(
+            f"engine.update needs an optimizer as the part named {name}, but the parts are: {', '.join(parts)}. "
+            f"{instead}"
         )
+
+
+class _Window:
+    """What has come together for one optimizer since its last update."""
+
+    __slots__ = ("batches", "name", "nominal", "part", "samples", "scaler")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.scaler: torch.amp.GradScaler | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.batches = 0
+        self.part = 0.0  # samples of a batch that comes in parts
+        self.samples = 0.0
+        self.nominal = 0.0  # samples a full window would have, judged by its first batch
 
 
 def _clear_gradients(optimizer: torch.optim.Optimizer) -> None:

@@ -317,12 +317,12 @@ def test_if_every_file_is_damaged_that_is_an_error(tmp_path: Path) -> None:
         run(build(tmp_path, "plain", None), resume="auto")
 
 
-def test_a_newer_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", None))
     files = RunCheckpoint(tmp_path).files
     state = torch.load(files.files()[0].path, weights_only=True) | {"format": 99}
     files.save(state, 14)
-    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads up to 1"):
+    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads 2"):
         run(build(tmp_path, "plain", None), resume="auto")
 
 

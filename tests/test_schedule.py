@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from helpers import Batch, class_batches, linear, make_trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 
-from camshaft.callbacks import Accumulate, Schedule, StopOnNonFinite, warmup_cosine
-from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, StepEnd, Trainer
+from camshaft.callbacks import Accumulate, RunCheckpoint, Schedule, StopOnNonFinite, warmup_cosine
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, StepEnd, Trainer, repeat
 
-MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+MakeScheduler = Callable[..., LRScheduler]
 
 
 def learning_rates(trainer: Engine) -> list[float]:
@@ -174,6 +175,122 @@ def test_warmup_cosine_rises_in_a_line_and_falls_along_a_cosine() -> None:
     assert rates == pytest.approx(rise + fall, rel=1e-6)
 
 
+def test_a_warmup_may_be_a_share_of_the_whole_or_nothing() -> None:
+    """A fifth of 20 is 4 updates; nothing is a cosine from the first update on."""
+    for warmup, count in ((0.2, 4), (0, 0), (0.99, 1)):
+        total = 20 if warmup != 0.99 else 2
+        optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
+        scheduler = warmup_cosine(optimizer, total, warmup=warmup)
+        rates = []
+        for _ in range(total + 2):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates.index(max(rates)) == count
+        assert max(rates) == pytest.approx(0.1)
+        assert rates[-2:] == [0.0, 0.0]
+
+
+def spans(pace: Literal["update", "epoch"], fit: dict[str, Any], *others: Callback, **data: Any) -> list[int]:
+    """The totals with which a schedule over the whole run was made, one for each of two fits."""
+    totals: list[int] = []
+
+    def make(optimizer: torch.optim.Optimizer, total: int) -> LRScheduler:
+        totals.append(total)
+        return CosineAnnealingLR(optimizer, T_max=total)
+
+    trainer = schedule_trainer(make, *others, per=pace)
+    for _ in range(2):
+        trainer.fit(data.get("train") or class_batches(*[8] * 7), **fit)
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("pace", "fit", "others", "total"),
+    [
+        ("update", {"epochs": 3}, [], 21),
+        ("update", {"max_steps": 10}, [], 10),
+        ("update", {"epochs": 3, "max_steps": 10}, [], 10),
+        ("update", {"epochs": 3}, [Accumulate(3)], 9),
+        ("update", {"max_steps": 9}, [Accumulate(3)], 4),
+        ("update", {"epochs": 2, "epoch_length": 5}, [], 10),
+        ("epoch", {"epochs": 3}, [], 3),
+        ("epoch", {"max_steps": 10}, [], 2),
+    ],
+)
+def test_a_function_of_the_total_is_told_how_far_the_run_goes(
+    pace: Literal["update", "epoch"], fit: dict[str, Any], others: list[Accumulate], total: int
+) -> None:
+    """The data have seven batches; each fit is told anew, and the run makes as many updates as was said."""
+    copies = [Accumulate(other.batches) for other in others]
+    train = repeat(class_batches(*[8] * 7)) if "epoch_length" in fit else None
+    assert spans(pace, fit, *copies, train=train) == [total, total]
+
+
+def test_a_schedule_over_the_run_ends_where_the_run_ends_and_begins_anew_with_the_next() -> None:
+    trainer = schedule_trainer(warmup_cosine, per="update")
+    rates = learning_rates(trainer)
+    for _ in range(2):
+        trainer.fit(class_batches(*[8] * 5), epochs=4)
+    assert rates[:20] == rates[20:]
+    assert rates[0] == pytest.approx(0.001)
+    assert rates.index(max(rates)) == 2
+    assert 0 < rates[19] < 0.001
+    assert trainer.parts["optimizer"].param_groups[0]["lr"] == 0
+
+
+def test_a_total_that_cannot_be_known_is_asked_for_before_the_first_step() -> None:
+    """A generator has no length; windows by samples end where they may."""
+    for train, others in ((lambda: iter(class_batches(8)), []), (class_batches(8), [Accumulate(samples=20)])):
+        trainer = schedule_trainer(warmup_cosine, *others, per="update")
+        with pytest.raises(ConfigurationError, match=r"cannot know how many updates.*State it: lambda optimizer"):
+            trainer.fit(train, epochs=2)
+        assert trainer.step == 0
+
+
+def test_a_resumed_run_that_goes_further_has_the_schedule_of_its_new_length(tmp_path: Path) -> None:
+    """The count is where it was, and the rates are those of a run that was so long from the start."""
+
+    def run(epochs: int, resume: str | None) -> list[float]:
+        callbacks = [RunCheckpoint(tmp_path, every_epochs=1)] if resume else []
+        trainer = schedule_trainer(warmup_cosine, *callbacks, per="update")
+        rates = learning_rates(trainer)
+        trainer.fit(class_batches(8, 8, 8), epochs=epochs, resume=resume)
+        return rates
+
+    run(2, "auto")
+    assert run(5, "auto") == run(5, None)[6:]
+
+
+def test_each_optimizer_may_have_a_schedule_of_its_own() -> None:
+    """Each is stepped by the updates of its own optimizer alone, however the schedule was given."""
+    body, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    slow, fast = (torch.optim.SGD(module.parameters(), lr=1.0) for module in (body, head))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = nn.functional.cross_entropy(head(body(batch[0])), batch[1])
+        engine.update(loss, optimizer="fast")
+        if engine.step % 2 == 0:
+            loss = nn.functional.cross_entropy(head(body(batch[0])), batch[1])
+            engine.update(loss, optimizer="slow")
+
+    schedules = [
+        Schedule(halve(), per="update", optimizer="fast"),
+        Schedule(StepLR(slow, 1, gamma=0.1), per="update"),
+    ]
+    engine = Engine(step, body=body, head=head, slow=slow, fast=fast, callbacks=schedules)
+    engine.fit(class_batches(*[8] * 4), epochs=1)
+    assert fast.param_groups[0]["lr"] == 0.5**4
+    assert slow.param_groups[0]["lr"] == pytest.approx(0.1**2)
+    assert {"fast_scheduler", "slow_scheduler"} < engine.parts.keys()
+
+
+def test_a_schedule_for_an_optimizer_that_is_not_there_names_those_that_are() -> None:
+    optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r'is for "optimizer", but the optimizers are: d_optimizer\.'):
+        Engine(d_optimizer=optimizer, callbacks=[Schedule(halve())])
+
+
 def test_a_second_fit_goes_on_along_the_schedule() -> None:
     """Two fits of two epochs have the learning rates of one fit of four."""
     trainer = schedule_trainer(halve())
@@ -279,7 +396,9 @@ def test_a_monitor_that_will_have_no_value_is_refused_before_the_first_step(
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"warmup": 0, "total": 10},
+        {"warmup": -1, "total": 10},
+        {"warmup": "all", "total": 10},
+        {"warmup": 0.1, "total": 0},
         {"warmup": 2.5, "total": 10},
         {"warmup": 10, "total": 10},
         {"warmup": 2, "total": 10, "start_factor": 0.0},

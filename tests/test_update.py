@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +13,15 @@ import torch
 from helpers import Batch, class_batches, linear, make_trainer
 from torch import Tensor, nn
 
-from camshaft.callbacks import Penalty, Schedule, StopOnNonFinite, WeightAverage
+from camshaft.callbacks import (
+    Accumulate,
+    ClipGradients,
+    Penalty,
+    RunCheckpoint,
+    Schedule,
+    StopOnNonFinite,
+    WeightAverage,
+)
 from camshaft.engine import (
     Callback,
     CamshaftError,
@@ -303,10 +315,31 @@ def test_skip_leaves_out_this_one_update(scale: float | None) -> None:
 
 
 def test_an_engine_without_an_optimizer_says_which_part_is_missing() -> None:
+    with pytest.raises(EngineStateError, match=r"part named optimizer.*are: model\. Write Engine\(.*optimizer="):
+        Engine(train_step, model=linear()).fit(class_batches(8), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (None, r'part named optimizer, but the parts are: model, adam\..*optimizer="adam"\)'),
+        ("adm", r'part named adm, but .*Did you mean "adam"\?'),
+        ("model", r"part named model, but"),
+        ("itself", r'takes the name of one\. Write optimizer="adam"'),
+    ],
+)
+def test_an_optimizer_that_is_no_part_is_refused_with_the_names_of_those_that_are(
+    named: str | None, message: str
+) -> None:
     model = linear()
-    engine = Engine(train_step, model=model, adam=torch.optim.Adam(model.parameters()))
-    with pytest.raises(EngineStateError, match=r"part named optimizer.*model, adam\. Write Engine\(.*optimizer="):
-        engine.fit(class_batches(8), epochs=1)
+    adam = torch.optim.Adam(model.parameters())
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        engine.update(loss, optimizer=adam if named == "itself" else named)  # type: ignore[arg-type]  # the mistake
+
+    with pytest.raises(EngineStateError, match=message):
+        Engine(step, model=model, adam=adam).fit(class_batches(8), epochs=1)
 
 
 def test_an_update_in_a_validation_says_that_a_step_asks_for_training() -> None:
@@ -344,47 +377,136 @@ def step_by_hand(engine: Engine, batch: Batch) -> None:
 
 
 class Duel:
-    """A generator and a discriminator with an optimizer each, which are stepped in turn."""
+    """A generator and a discriminator with an optimizer each, which are stepped in turn, by hand or by the engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, *callbacks: Callback, clip: float | None = None) -> None:
         torch.manual_seed(0)
         self.generator, self.discriminator = nn.Linear(2, 4), nn.Linear(4, 1)
         self.slow = torch.optim.Adam(self.generator.parameters(), lr=0.01)
         self.fast = torch.optim.Adam(self.discriminator.parameters(), lr=0.02)
+        self.clip = clip
+        self.callbacks = callbacks
 
-    def step(self, engine: Engine | None, batch: Batch) -> dict[str, Tensor]:
+    def engine(self) -> Engine:
+        return Engine(
+            self.step,
+            generator=self.generator,
+            discriminator=self.discriminator,
+            slow=self.slow,
+            fast=self.fast,
+            callbacks=self.callbacks,
+        )
+
+    def step(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        return self.losses(batch, lambda name, loss: engine.update(loss, optimizer=name))
+
+    def losses(self, batch: Batch, update: Callable[[str, Tensor], None]) -> dict[str, Tensor]:
         real, fake = batch[0], self.generator(batch[0][:, :2])
         softplus = nn.functional.softplus
         loss_d = softplus(-self.discriminator(real)).mean() + softplus(self.discriminator(fake.detach())).mean()
-        self._update(self.fast, loss_d)
+        update("fast", loss_d)
         loss_g = softplus(-self.discriminator(fake)).mean()
-        self._update(self.slow, loss_g)
+        update("slow", loss_g)
         return {"loss_d": loss_d, "loss_g": loss_g}
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def update_by_hand(self, name: str, loss: Tensor) -> None:
+        optimizer = getattr(self, name)
         optimizer.zero_grad()
         loss.backward()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip)
         optimizer.step()
 
     def state(self) -> list[Tensor]:
         return [*self.generator.state_dict().values(), *self.discriminator.state_dict().values()]
 
 
-def test_a_step_with_two_optimizers_of_its_own_is_left_alone() -> None:
-    """Two networks, stepped in turn by the step itself: the weights are those of the loop by hand, to the bit."""
-    data, mine, plain = class_batches(8, 8, 8), Duel(), Duel()
-    parts: dict[str, Any] = {
-        "generator": mine.generator,
-        "discriminator": mine.discriminator,
-        "slow": mine.slow,
-        "fast": mine.fast,
-    }
-    engine = Engine(mine.step, **parts)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_two_optimizers_are_updated_as_by_hand_to_the_bit(clip: float | None) -> None:
+    """Also with clipping, which sees the gradients of the optimizer that is about to step, and no others."""
+    data, plain = class_batches(8, 8, 8), Duel(clip=clip)
+    mine = Duel(*([] if clip is None else [ClipGradients(norm=clip)]))
+    engine = mine.engine()
     history = engine.fit(data, epochs=2)
-    losses = [plain.step(None, batch)["loss_g"].item() for _ in range(2) for batch in data]
+    losses = [plain.losses(batch, plain.update_by_hand)["loss_g"].item() for _ in range(2) for batch in data]
     assert equal(mine.state(), plain.state())
     assert history["train_loss_g"][0] == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)
+    assert engine.num_updates == 12
+
+
+def test_a_step_with_two_optimizers_of_its_own_is_left_alone() -> None:
+    data, mine, plain = class_batches(8, 8, 8), Duel(), Duel()
+    engine = Engine(lambda engine, batch: mine.losses(batch, mine.update_by_hand), slow=mine.slow, fast=mine.fast)
+    engine.fit(data, epochs=2)
+    for batch in data * 2:
+        plain.losses(batch, plain.update_by_hand)
+    assert equal(mine.state(), plain.state())
     assert engine.num_updates == 0
+
+
+def test_a_loss_leaves_gradients_only_in_what_its_optimizer_holds() -> None:
+    """The generator's loss runs through the discriminator, whose next gradients it must not touch."""
+    duel, seen = Duel(), []
+    engine = duel.engine()
+
+    def look(event: GradientsReady) -> None:
+        with_gradient = [name for name, p in engine.parts["generator"].named_parameters() if p.grad is not None]
+        others = [name for name, p in engine.parts["discriminator"].named_parameters() if p.grad is not None]
+        seen.append((event.optimizer is duel.slow, len(with_gradient), len(others)))
+
+    engine.subscribe(GradientsReady, look)
+    engine.fit(class_batches(8), epochs=1)
+    assert seen == [(False, 0, 2), (True, 2, 0)]
+
+
+def test_windows_are_counted_for_each_optimizer() -> None:
+    """Five batches in windows of two are three updates of each, with the optimizer told by the event."""
+    duel = Duel(Accumulate(2))
+    engine, updates = duel.engine(), []
+    engine.subscribe(UpdateEnd, lambda event: updates.append((event.engine.step, event.optimizer is duel.slow)))
+    engine.fit(class_batches(8, 8, 8, 8, 8), epochs=1)
+    assert updates == [(2, False), (2, True), (4, False), (4, True), (5, False), (5, True)]
+
+
+def test_an_overflow_of_one_optimizer_skips_no_other() -> None:
+    """Each has a loss scaler of its own: the one whose scale is too high lowers it, alone."""
+    duel = Duel()
+    engine = duel.engine()
+    engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    engine.subscribe(LossReady, lambda event: event.loss * 1e38 if event.optimizer is duel.slow else None)
+    fast = steps_of(engine, UpdateEnd)
+    engine.fit(class_batches(8, 8), epochs=1)
+    assert fast == [1, 2]
+    assert (engine.num_updates, engine.num_skipped_updates) == (2, 2)
+    scales = [state["scaler"]["scale"] for state in engine.update.state_dict().values()]
+    assert scales == [2.0**10, 2.0**10, 2.0**8]  # that of no name, fast, slow
+
+
+def test_a_bad_loss_skips_the_update_of_its_own_optimizer() -> None:
+    duel = Duel(StopOnNonFinite("skip"))
+    engine = duel.engine()
+    engine.subscribe(LossReady, lambda event: event.loss * math.nan if event.optimizer is duel.fast else None)
+    engine.callbacks[0].attach(engine)  # looks at what the handler above has made of the loss
+    before = [value.clone() for value in duel.discriminator.state_dict().values()]
+    engine.fit(class_batches(8), epochs=1)
+    assert equal(list(duel.discriminator.state_dict().values()), before)
+    assert (engine.num_updates, engine.num_skipped_updates) == (1, 1)
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_a_run_with_two_open_windows_resumes_to_the_bit(cut: int, tmp_path: Path) -> None:
+    """Cut behind each of ten steps, in windows of three with a scaler for each optimizer."""
+
+    def run(checkpoint: list[Callback], stop: int | None, resume: str | None) -> Duel:
+        duel = Duel(Accumulate(3), *checkpoint)
+        engine = duel.engine()
+        engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        engine.subscribe(StepEnd, lambda event: engine.interrupt(signal.SIGTERM) if engine.step == stop else None)
+        engine.fit(class_batches(*[8] * 5), epochs=2, resume=resume)
+        return duel
+
+    run([RunCheckpoint(tmp_path)], cut, None)
+    assert equal(run([RunCheckpoint(tmp_path)], None, "auto").state(), run([], None, None).state())
 
 
 def test_an_optimizer_that_clears_gradients_in_its_own_way_is_asked_to() -> None:
