@@ -355,7 +355,7 @@ OTHER = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
         (Schedule(StepLR(OTHER, 1)), "over another optimizer than the run's"),
         (Schedule(partial(StepLR, step_size=1), monitor="val_loss"), "StepLR and monitor='val_loss'"),
         (Schedule(lambda optimizer: ReduceLROnPlateau(optimizer)), "ReduceLROnPlateau and monitor=None"),
-        (Schedule(lambda optimizer: None), "None"),  # type: ignore[return-value]  # the mistake under test
+        (Schedule(lambda optimizer: None), "None"),  # type: ignore[arg-type, return-value]  # the mistake under test
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused_at_attachment(schedule: Schedule, phrase: str) -> None:
