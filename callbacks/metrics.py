@@ -19,7 +19,10 @@ class Metrics(Callback):
 
     Args:
         metrics: ``{"acc": metric}``; a torchmetrics metric, an ignite metric, or a function
-            ``(output, target) -> mean over the batch``, which is weighted by the number of samples.
+            ``(output, target) -> mean over the batch``, which is weighted by the number of samples. Several names, as
+            a tuple, take these of a metric that computes several values:
+            ``{("map", "map_50"): MeanAveragePrecision()}``.
+        train: measure in training, too; False leaves a costly metric to validations and ``evaluate``.
 
     Raises:
         ConfigurationError: if a value is no metric, or a name is taken.
@@ -34,14 +37,15 @@ class Metrics(Callback):
     [0.75]
     """
 
-    def __init__(self, metrics: Mapping[str, Any] | nn.ModuleDict) -> None:
+    def __init__(self, metrics: Mapping[Any, Any] | nn.ModuleDict, *, train: bool = True) -> None:
         self.metrics = metrics
-        as_metrics(metrics)
+        self.train = train
+        self._names = list(as_metrics(metrics))
 
     def attach(self, engine: Engine) -> None:
         """Hand the metrics to the engine, which keeps them beside its averages."""
         super().attach(engine)
-        engine.stages.add_metrics(self.metrics)
+        engine.stages.add_metrics(self.metrics, train=self.train)
 
     def __repr__(self) -> str:
-        return f"Metrics({', '.join(self.metrics)})"
+        return f"Metrics({', '.join(self._names)})"

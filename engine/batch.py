@@ -103,6 +103,18 @@ def tree_map(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def first_tensor(value: Any) -> Tensor | None:
+    """Return the first tensor in nested tuples, lists and dicts, or None.
+
+    >>> first_tensor([{"name": "a", "x": torch.zeros(2)}])
+    tensor([0., 0.])
+    """
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+
+
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Return the model's output: called with ``*inputs`` for a tuple, ``**inputs`` for a dict, else ``inputs``.
 

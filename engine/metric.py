@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import tree_map
-from .errors import ConfigurationError, DataError, can_take
+from .batch import first_tensor, tree_map
+from .errors import ConfigurationError, DataError, can_take, did_you_mean
 
 FunctionMetric = Callable[[Any, Any], Tensor | float]
+MetricName = str | tuple[str, ...]
 
 
 class ComputedMetric:
-    """A torchmetrics or ignite metric: updated with each batch, computed at the end of the stage."""
+    """A torchmetrics or ignite metric: updated with each batch, computed at the end of the stage.
 
-    def __init__(self, name: str, metric: Any) -> None:
+    Args:
+        name: what its value is called; several names take these of the values of a metric that computes several.
+        metric: the metric.
+    """
+
+    def __init__(self, name: MetricName, metric: Any) -> None:
         self.name = name
         self.metric = metric
         self.is_torchmetrics = _comes_from("torchmetrics", metric)
@@ -44,28 +50,43 @@ class ComputedMetric:
         """Take in one batch, on the batch's device.
 
         Raises:
-            DataError: if the model's output is a dict, which no metric of these libraries reads.
+            DataError: if the model's output is a dict of which the metric takes no part.
         """
-        if isinstance(output, Mapping):
+        output = tree_map(Tensor.detach, output)
+        try:
+            if self.is_torchmetrics:
+                self._follow(output)
+                self.metric.update(output, target)
+            else:
+                self.metric.update(self.metric._output_transform((output, target)))
+        except Exception as error:
+            if not isinstance(output, Mapping):
+                raise
             raise DataError(
                 f"The metric {self.name!r} was given the model's output, a dict with keys "
-                f"{', '.join(map(str, output))}. Write a function that picks one, "
-                f'or run your own step and call engine.measure(output["..."], target).'
-            )
-        output = tree_map(Tensor.detach, output)
-        if self.is_torchmetrics:
-            if isinstance(output, Tensor) and self._device() != output.device:
-                self.metric.to(output.device)
-            self.metric.update(output, target)
-        else:
-            self.metric.update(self.metric._output_transform((output, target)))
+                f"{', '.join(map(str, output))}. Let it take one: by torchmetrics.wrappers.LambdaInputTransformer, "
+                "output_transform= of an ignite metric, or engine.measure(output[...], target) in your own step."
+            ) from error
         self._updated = True
 
-    def compute(self, name: str) -> dict[str, Any]:
-        """Return the value under ``name``, or the values of a collection under ``name_key``; empty if unused."""
+    def _follow(self, output: Any) -> None:
+        """Move the metric to where the output is."""
+        if not isinstance(output, Tensor):
+            output = first_tensor(output)
+        if output is not None and self._device() != output.device:
+            self.metric.to(output.device)
+
+    def compute(self) -> dict[str, Any]:
+        """Return the value under its name, or the values of a collection under ``name_key``; empty if unused.
+
+        Raises:
+            ConfigurationError: if a value is no number and no tensor, or one that was named is not there.
+        """
         if not self._updated:
             return {}
-        value = self.metric.compute()
+        name, value = self.name, self.metric.compute()
+        if isinstance(name, tuple):
+            return {key: self._pick(value, key) for key in name}
         if isinstance(value, Mapping):
             return {f"{name}_{key}": item for key, item in value.items()}
         if not isinstance(value, Tensor | int | float):
@@ -77,6 +98,19 @@ class ComputedMetric:
                     "Compute it by yourself, from what predict returns."
                 ) from None
         return {name: value}
+
+    @staticmethod
+    def _pick(values: Any, key: str) -> Any:
+        if not isinstance(values, Mapping):
+            raise ConfigurationError(
+                f'The metric of which "{key}" was wanted has a single value. Name it by a string, not a tuple.'
+            )
+        if key not in values:
+            raise ConfigurationError(
+                f'"{key}" is not among the values of the metric: {", ".join(map(str, values))}. '
+                f"{did_you_mean(key, map(str, values))}Name some of those."
+            )
+        return values[key]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the batches so far have left in the metric."""
@@ -100,8 +134,9 @@ class ComputedMetric:
             one._update_count = int(self._updated)  # or compute() would warn that nothing was seen
 
     def _torchmetrics(self) -> list[Any]:
-        """Return the single metric, or those of a collection."""
-        return list(self.metric.values()) if isinstance(self.metric, Mapping | torch.nn.ModuleDict) else [self.metric]
+        """Return the single metric, or those of a collection, each followed by those that it wraps."""
+        outer = self.metric.values() if isinstance(self.metric, Mapping | torch.nn.ModuleDict) else [self.metric]
+        return [inner for one in outer for inner in one.modules() if _comes_from("torchmetrics", inner)]
 
     def _device(self) -> torch.device | None:
         device = getattr(self.metric, "device", None)  # a MetricCollection has none
@@ -119,17 +154,28 @@ def as_metrics(metrics: object) -> dict[str, Metric]:
     """
     if not isinstance(metrics, Mapping) and not _comes_from("torchmetrics", metrics):
         raise ConfigurationError(f'metrics is {metrics!r}, but each needs a name. Write metrics={{"acc": ...}}.')
-    items: Mapping[str, Any] = metrics  # type: ignore[assignment]  # a MetricCollection has items() as well
-    return {name: as_metric(name, metric) for name, metric in items.items()}
+    items: Mapping[MetricName, Any] = metrics  # type: ignore[assignment]  # a MetricCollection has items() as well
+    found: dict[str, Metric] = {}
+    for name, metric in items.items():
+        key = ", ".join(names_of(name))
+        if key in found:
+            raise ConfigurationError(f'Two metrics are named "{key}". Give one of them another name.')
+        found[key] = as_metric(name, metric)
+    return found
 
 
-def as_metric(name: str, metric: Any) -> Metric:
+def names_of(name: MetricName) -> tuple[str, ...]:
+    """Return the names of a metric's values."""
+    return name if isinstance(name, tuple) else (name,)
+
+
+def as_metric(name: MetricName, metric: Any) -> Metric:
     """Return one metric in the shape the engine uses."""
     if isinstance(metric, type):
         raise ConfigurationError(f"The metric {name!r} is the class {metric.__name__}. Did you forget ()?")
     if _comes_from("torchmetrics", metric) or _comes_from("ignite.metrics", metric):
         return ComputedMetric(name, metric)
-    if callable(metric) and can_take(metric, 2):
+    if callable(metric) and can_take(metric, 2) and isinstance(name, str):
         return metric  # type: ignore[no-any-return]  # its arguments show at the first call
     raise ConfigurationError(
         f"The metric {name!r} is {metric!r}, which cannot be computed. "

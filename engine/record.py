@@ -129,7 +129,7 @@ class Record:
         """
         values: dict[str, Any] = {name: meter.sum for name, meter in self.meters.items()}
         for name, metric in self.computed.items():
-            computed = metric.compute(name)
+            computed = metric.compute()
             if taken := values.keys() & computed.keys():
                 raise DataError(f'The metric "{name}" gives {sorted(taken)}, which is taken. Give it another name.')
             values |= computed

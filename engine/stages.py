@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ConfigurationError
-from .metric import Metric, as_metrics, higher_is_better
+from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
 from .record import Record
 
 
@@ -18,18 +18,26 @@ class Stages:
     def __init__(self) -> None:
         self.directions: dict[str, bool | None] = {}
         self._metrics: dict[str, Metric] = {}
+        self._only_evaluated: set[str] = set()
         self._records: dict[str, Record] = {}
 
-    def add_metrics(self, metrics: Mapping[str, Any] | nn.ModuleDict) -> None:
+    def add_metrics(self, metrics: Mapping[Any, Any] | nn.ModuleDict, *, train: bool = True) -> None:
         """Add metrics by name; they are updated by ``engine.measure`` and computed at the end of each stage.
+
+        Args:
+            metrics: by name; several names, as a tuple, take these of the values of a metric that computes several.
+            train: measure in training, too.
 
         Raises:
             ConfigurationError: if a name is taken or a metric is none.
         """
-        for name, metric in as_metrics(metrics).items():
-            if name in self._metrics or name in self.directions:
-                raise ConfigurationError(f'Two metrics are named "{name}". Give one of them another name.')
-            self._metrics[name] = metric
+        for key, metric in as_metrics(metrics).items():
+            taken = self._names() & set(_names(key, metric))
+            if taken:
+                raise ConfigurationError(f'Two metrics are named "{min(taken)}". Give one of them another name.')
+            self._metrics[key] = metric
+            if not train:
+                self._only_evaluated.add(key)
 
     def declare(self, name: str, *, higher_is_better: bool | None = None) -> None:
         """Say that every stage will record this value besides its metrics, and whether more of it is better.
@@ -41,7 +49,7 @@ class Stages:
     def __getitem__(self, stage: str) -> Record:
         """Return the stage's record, made on first request."""
         if stage not in self._records:
-            self._records[stage] = Record(self._metrics)
+            self._records[stage] = Record(self._measured(stage))
         return self._records[stage]
 
     def expected(self, *, validates: bool | None) -> list[str]:
@@ -50,13 +58,28 @@ class Stages:
         Args:
             validates: whether there will be validations; None where that is unknown, too.
         """
+        if not self.directions:
+            return []
         stages = ("train",) if validates is False else ("train", "val")
-        names = (*self.directions, *self._metrics) if self.directions else ()
-        return [f"{stage}_{name}" for stage in stages for name in names]
+        measured = {stage: [n for key, m in self._measured(stage).items() for n in _names(key, m)] for stage in stages}
+        return [f"{stage}_{name}" for stage in stages for name in (*self.directions, *measured[stage])]
 
     def higher_is_better(self, name: str) -> bool | None:
         """Return whether more of a value such as ``val_acc`` is better; None where nothing says so."""
         name = name.partition("_")[2]
-        if name in self._metrics:
-            return higher_is_better(self._metrics[name])
+        for key, metric in self._metrics.items():
+            if name in _names(key, metric):
+                return higher_is_better(metric)
         return self.directions.get(name)
+
+    def _measured(self, stage: str) -> dict[str, Metric]:
+        return {
+            key: metric for key, metric in self._metrics.items() if stage != "train" or key not in self._only_evaluated
+        }
+
+    def _names(self) -> set[str]:
+        return {name for key, metric in self._metrics.items() for name in _names(key, metric)} | set(self.directions)
+
+
+def _names(key: str, metric: Metric) -> tuple[str, ...]:
+    return names_of(metric.name) if isinstance(metric, ComputedMetric) else (key,)

@@ -36,7 +36,7 @@ class Trainer(Engine):
         optimizer: over the model's parameters.
         loss_fn: a module or function that returns the mean loss over the batch.
         metrics: ``{"acc": metric}``; a function ``(output, target) -> mean over the batch``, a torchmetrics or an
-            ignite metric. Each stage has its own copy.
+            ignite metric. Each stage has its own copy. See `camshaft.callbacks.Metrics` for more.
         callbacks: handlers, attached in this order.
         seed: seeds every generator when the first run begins.
         prepare_batch: splits a batch into ``(inputs, target)``; see `camshaft.engine.prepare_batch`.
@@ -58,7 +58,7 @@ class Trainer(Engine):
         optimizer: torch.optim.Optimizer,
         loss_fn: Loss,
         *,
-        metrics: Mapping[str, Any] | nn.ModuleDict | None = None,
+        metrics: Mapping[Any, Any] | nn.ModuleDict | None = None,
         callbacks: Iterable[Callback] = (),
         seed: int | None = None,
         prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch,

@@ -17,8 +17,9 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MulticlassF1Score,
 )
+from torchmetrics.wrappers import LambdaInputTransformer
 
-from camshaft.callbacks import Accumulate, Metrics
+from camshaft.callbacks import Accumulate, EarlyStopping, Metrics
 from camshaft.engine import (
     Callback,
     ConfigurationError,
@@ -26,6 +27,7 @@ from camshaft.engine import (
     Engine,
     EpochEnd,
     StepEnd,
+    Trainer,
     ValidationEnd,
 )
 
@@ -321,7 +323,28 @@ def test_a_function_that_returns_no_single_number_is_named(value: Any) -> None:
 
 
 def test_a_dict_output_is_refused_with_what_to_write() -> None:
-    """No metric of these libraries reads a dict: the message lists its keys."""
+    """A metric that does not say which part of it it takes: the message lists the keys, and the ways to say so."""
+    with pytest.raises(DataError, match=r"'f1' was given the model's output, a dict with keys logits, features"):
+        split_trainer({"f1": MulticlassF1Score(3)}).fit(TRAIN, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda output, target: accuracy(output["logits"], target),
+        LambdaInputTransformer(MulticlassAccuracy(3, average="micro"), transform_pred=lambda output: output["logits"]),
+        ignite.metrics.Accuracy(output_transform=lambda pair: (pair[0]["logits"], pair[1])),
+    ],
+    ids=HOUSES,
+)
+def test_a_metric_of_each_house_takes_its_part_of_a_dict_output(metric: Any) -> None:
+    """Each in the way of its house."""
+    history = split_trainer({"acc": metric}).fit(TRAIN, VAL, epochs=1)
+    assert history["val_acc"] == [pytest.approx(by_hand(VAL)["acc"], abs=1e-6)]
+
+
+def split_trainer(metrics: dict[str, Any]) -> Trainer:
+    """A trainer of a model with two heads, which does not learn."""
 
     class Split(nn.Linear):
         def forward(self, inputs: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # a model with two heads
@@ -330,10 +353,51 @@ def test_a_dict_output_is_refused_with_what_to_write() -> None:
     def loss(output: dict[str, Tensor], target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output["logits"], target)
 
-    trainer = make_trainer(model=Split(4, 3), metrics={"f1": MulticlassF1Score(3)})
-    trainer.parts["loss_fn"] = loss
-    with pytest.raises(DataError, match=r"'f1' was given the model's output, a dict with keys logits, features"):
-        trainer.fit(TRAIN, epochs=1)
+    torch.manual_seed(0)
+    model = Split(4, 3)
+    return Trainer(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, metrics=metrics)
+
+
+def test_a_metric_may_be_left_to_evaluations() -> None:
+    """It is neither updated in training nor has a column there; who watches it in training is told so."""
+    Counting.calls.clear()
+    trainer = make_trainer(Metrics({"count": Counting()}, train=False), EarlyStopping("val_count"))
+    history = trainer.fit(TRAIN, VAL, epochs=1)
+    assert Counting.calls == ["update no grad"] * len(VAL) + ["compute"]
+    assert list(history) == ["epoch", "step", "train_loss", "val_loss", "val_count"]
+    assert trainer.evaluate(VAL)["count"] == 37
+    watching = make_trainer(Metrics({"count": Counting()}, train=False), EarlyStopping("train_count"))
+    with pytest.raises(ConfigurationError, match=r'"train_count", but the values are: train_loss\.'):
+        watching.fit(TRAIN, VAL, epochs=1)
+
+
+def several() -> MetricCollection:
+    """A metric that computes three values."""
+    kinds = {average: MulticlassAccuracy(3, average=average) for average in ("micro", "macro", "weighted")}
+    return MetricCollection(dict(kinds))
+
+
+def test_a_tuple_of_names_takes_these_of_many_values() -> None:
+    """Under their own names, which handlers may watch; the others are in no column."""
+    trainer = make_trainer(EarlyStopping("val_macro", mode="max"), metrics={("macro", "micro"): several()}, lr=0.0)
+    history = trainer.fit(TRAIN, VAL, epochs=1)
+    assert [name for name in history if name.startswith("val_")] == ["val_loss", "val_macro", "val_micro"]
+    assert history["val_micro"] == [pytest.approx(by_hand(VAL)["acc"], abs=1e-6)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({("makro",): several()}, r'"makro" is not among .*: macro, micro, weighted\. Did you mean "macro"\?'),
+        ({("acc",): MulticlassAccuracy(3)}, r'"acc" was wanted has a single value\. Name it by a string'),
+        ({("acc",): accuracy}, "cannot be computed"),
+        ({("micro", "loss"): several()}, 'Two metrics are named "loss"'),
+        ({"micro": accuracy, ("micro",): several()}, 'Two metrics are named "micro"'),
+    ],
+)
+def test_a_name_of_a_tuple_that_cannot_be_is_refused(metrics: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_trainer(metrics=metrics).fit(TRAIN, epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import Accuracy, MulticlassAUROC
+from torchmetrics.wrappers import LambdaInputTransformer
 
 from camshaft.callbacks import (
     Accumulate,
@@ -78,6 +79,7 @@ def build(directory: Path | None, setting: str, seed: int | None, **checkpoint: 
     metrics = {
         "acc": Accuracy(task="multiclass", num_classes=3),
         "both": MetricCollection([MulticlassAUROC(3, thresholds=None), Accuracy(task="multiclass", num_classes=3)]),
+        "wrapped": LambdaInputTransformer(MulticlassAUROC(3, thresholds=None), transform_pred=lambda output: output),
         "mean": lambda output, target: output.mean(),
     }
     return Trainer(model, optimizer, nn.CrossEntropyLoss(), metrics=metrics, callbacks=callbacks, seed=seed)
