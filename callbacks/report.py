@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from camshaft.engine import Callback, ConfigurationError, EpochEnd, FitEnd, FitStart
-from camshaft.engine.checkpoint import ensure_writable
+from camshaft.engine import Callback, EpochEnd, FitEnd, FitStart
 from camshaft.engine.history import STAGES
 
 if TYPE_CHECKING:
@@ -42,11 +41,7 @@ class Report(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
-        directory = self._wanted_directory or event.engine.directory
-        if directory is None:
-            raise ConfigurationError("Report has nowhere to write. Pass Report(directory), or add RunDirectory().")
-        ensure_writable(directory, "Report")
-        self._directory = directory
+        self._directory = event.engine.directory_for("Report", self._wanted_directory)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Keep the newest matrices; a validation's take the place of the training's."""

@@ -38,7 +38,8 @@ class RunDirectory(Callback):
 
     It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers),
     ``settings.json``, ``environment.json`` (versions, machine, command), ``handlers.txt`` (what runs, when and in
-    which order) and ``history.csv``, rewritten after each epoch. During a fit the log goes to the terminal as well,
+    which order) and ``history.csv``, rewritten after each epoch; with validations in mid-epoch also
+    ``validations.csv``, rewritten after each of them. During a fit the log goes to the terminal as well,
     unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
 
     Args:
@@ -72,20 +73,17 @@ class RunDirectory(Callback):
         self._write("handlers.txt", event.engine.explain() + "\n")
 
     def on_validation_end(self, event: ValidationEnd) -> None:
-        """Log a validation between epochs; the others are in the epoch's line."""
-        plan = event.engine.plan
+        """Log a validation in mid-epoch, and write all of them; the others are in the epoch's line."""
+        plan, validations = event.engine.plan, event.engine.history.validations
         if plan is not None and plan.validation_interval()[1] == "steps":
-            epoch_logger.info("step %d  %s", event.engine.step, format_values(event.metrics))
+            values = {name: value for name, value in validations[-1].items() if name not in ("epoch", "step")}
+            epoch_logger.info("step %d  %s", event.engine.step, format_values(values))
+            self._write_table("validations.csv", validations)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Log the epoch and write the history."""
         epoch_logger.info("%s", epoch_line(event))
-        history = event.engine.history
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(history), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history.rows)
-        self._write("history.csv", text.getvalue())
+        self._write_table("history.csv", event.engine.history.rows)
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Log why the run ended."""
@@ -96,6 +94,14 @@ class RunDirectory(Callback):
             write_durably(self.path / name, lambda file: file.write(text.encode()))
         except OSError as error:
             logger.warning("%s could not be written in %s: %s. Training goes on.", name, self.path, error.strerror)
+
+    def _write_table(self, name: str, rows: list[dict[str, float]]) -> None:
+        text = io.StringIO()
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write(name, text.getvalue())
 
     @contextmanager
     def _logging(self, engine: Engine) -> Iterator[None]:

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, ValidationEnd
-from camshaft.engine.checkpoint import ensure_writable
+from camshaft.engine import Callback, Engine, EpochEnd, ValidationEnd
 from camshaft.engine.record import scalars
 
 logger = logging.getLogger("camshaft")
@@ -20,6 +19,8 @@ logger = logging.getLogger("camshaft")
 
 class TensorBoard(Callback):
     """Writes each epoch's ``train_*`` values and each validation's ``val_*`` values, over steps, as tensorboardX does.
+
+    Where validations stand in mid-epoch, the training values are those of the steps between them.
 
     A failure to write warns once and ends the writing, not the training.
 
@@ -40,13 +41,16 @@ class TensorBoard(Callback):
         engine.around("fit", lambda: self._open(engine))
 
     def on_validation_end(self, event: ValidationEnd) -> None:
-        """Write the validation's values."""
-        self._add(event.metrics, event.engine.step)
+        """Write the validation's values, and in mid-epoch those of the training since the one before."""
+        row = event.engine.history.validations[-1]
+        self._add({name: value for name, value in row.items() if name not in ("epoch", "step")}, event.engine.step)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
-        """Write the training values; those of a validation are written when it ends."""
-        train = {name: value for name, value in event.metrics.items() if name.startswith("train_")}
-        self._add(train, event.engine.step)
+        """Write the training values that no validation has written; those of a validation are written when it ends."""
+        engine = event.engine
+        told = {name for row in engine.history.validations[-1:] if row["epoch"] == engine.epoch for name in row}
+        train = {name for name in event.metrics if name.startswith("train_")}
+        self._add({name: event.metrics[name] for name in event.metrics if name in train - told}, engine.step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
         if self._file is None:
@@ -72,12 +76,7 @@ class TensorBoard(Callback):
 
     @contextmanager
     def _open(self, engine: Engine) -> Iterator[None]:
-        directory = self._wanted_directory or (engine.directory and engine.directory / "tensorboard")
-        if directory is None:
-            raise ConfigurationError(
-                "TensorBoard has nowhere to write. Pass TensorBoard(directory), or add RunDirectory()."
-            )
-        ensure_writable(directory, "TensorBoard")
+        directory = engine.directory_for("TensorBoard", self._wanted_directory, within="tensorboard")
         name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{engine.num_fits}"
         with open(directory / name, "ab", buffering=0) as file:  # each record is there at once
             self._file = cast("BinaryIO", file)

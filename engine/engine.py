@@ -194,7 +194,8 @@ class Engine(Run):
             self.validated_step = self.step
             metrics = prefixed("val", record.compute())
             self.newest.update(metrics)
-            self.history.add_validation(self.epoch, self.step, scalars(metrics))
+            trained = {} if self._passed else prefixed("train", self.stages["train"].since_mark())
+            self.history.add_validation(self.epoch, self.step, trained | scalars(metrics))
             self.emit(ValidationEnd(self, metrics))
 
     # What a step does ----------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import did_you_mean
+from .errors import ConfigurationError, did_you_mean
 
 if TYPE_CHECKING:
     import pandas
@@ -23,7 +23,8 @@ class History(Mapping[str, list[float]]):
 
     Columns are ``epoch``, ``step`` and every recorded value under its stage's name. An epoch without a
     validation has NaN in the ``val_*`` columns; one with several has the last. All of them, each with its
-    step, are in ``validations``. ``reason`` says why the run ended.
+    step, are in ``validations``; one in mid-epoch has the averages of the training steps since the one before, too.
+    ``reason`` says why the run ended.
 
     >>> history = History()
     >>> history.add_epoch(1, 12, {"train_loss": 0.5})
@@ -66,6 +67,36 @@ class History(Mapping[str, list[float]]):
 
     def __repr__(self) -> str:
         return f"History({len(self.rows)} epochs: {', '.join(self)})"
+
+    def best(self, name: str, mode: Literal["min", "max"]) -> dict[str, float]:
+        """Return the row in which a value was best: ``{"epoch": 3, "step": 300, "val_loss": 0.25, ...}``.
+
+        Args:
+            name: such as ``"val_loss"``, of which every validation counts, or ``"train_loss"``, of which every epoch.
+            mode: "min" or "max". Of equal values the earlier is better; NaN is never best.
+
+        Raises:
+            KeyError: if there is no such value, or none of them is a number.
+
+        >>> history = History()
+        >>> for step, loss in ((10, 0.5), (20, 0.3), (30, 0.4)):
+        ...     history.add_validation(1, step, {"val_loss": loss})
+        >>> history.best("val_loss", mode="min")["step"]
+        20
+        """
+        if mode not in ("min", "max"):
+            raise ConfigurationError(f'best has mode={mode!r}. {did_you_mean(str(mode), ["min", "max"])}'
+                                     'Write "min" or "max".')  # fmt: skip
+        rows = self.validations if name.startswith("val_") else self.rows
+        known = list(dict.fromkeys(key for row in (*self.rows, *self.validations) for key in row))
+        if name not in known:
+            raise KeyError(
+                f'The history has no value "{name}". {did_you_mean(name, known)}Values: {", ".join(known)}.'
+            )
+        candidates = [row for row in rows if not math.isnan(row.get(name, math.nan))]
+        if not candidates:
+            raise KeyError(f'"{name}" has never been a number. Look at the data and the learning rate.')
+        return (min if mode == "min" else max)(candidates, key=lambda row: row[name])
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the history as a pandas DataFrame, one row per epoch.
@@ -113,8 +144,9 @@ class History(Mapping[str, list[float]]):
         # Validations between epochs have no place on an axis of epochs: then both are drawn over steps.
         ends = {row["step"] for row in self.rows}
         unit = "epoch" if all(row["step"] in ends for row in self.validations) else "step"
+        between = any(f"train_{name}" in row for row in self.validations)
         for stage, rows, colour in (
-            ("train", self.rows, "tab:blue"),
+            ("train", self.validations if between else self.rows, "tab:blue"),
             ("val", self.validations, "tab:orange"),
         ):
             points = [(row[unit], row[f"{stage}_{name}"]) for row in rows if f"{stage}_{name}" in row]

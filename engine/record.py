@@ -79,6 +79,7 @@ class Record:
         self.functions: dict[str, FunctionMetric] = {}
         self._arriving: _Arriving | None = None
         self._arrived: dict[str, float] = {}
+        self._mark: dict[str, tuple[float | Tensor, float]] = {}  # the sums and counts at the last mark
         for name, metric in (metrics or {}).items():
             if isinstance(metric, ComputedMetric):
                 self.computed[name] = metric.fresh()
@@ -88,6 +89,7 @@ class Record:
     def reset(self) -> None:
         """Start the stage anew."""
         self.meters.clear()
+        self._mark.clear()
         self._arriving, self._arrived = None, {}
         for metric in self.computed.values():
             metric.reset()
@@ -138,9 +140,21 @@ class Record:
             name: value / self.meters[name].count if name in self.meters else value for name, value in values.items()
         }
 
+    def since_mark(self) -> dict[str, float]:
+        """Return the averages of what was added since the last call, in one transfer, and set the mark anew."""
+        sums: dict[str, float | Tensor] = {}
+        counts: dict[str, float] = {}
+        for name, meter in self.meters.items():
+            total, count = self._mark.get(name, (0.0, 0))
+            if meter.count > count:
+                sums[name], counts[name] = meter.sum - total, meter.count - count
+            self._mark[name] = (meter.sum.clone() if isinstance(meter.sum, Tensor) else meter.sum, meter.count)
+        return {name: value / counts[name] for name, value in _to_host(sums).items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the open averages and metrics."""
         return {
+            "mark": dict(self._mark),
             "meters": {name: [meter.val, meter.sum, meter.count] for name, meter in self.meters.items()},
             "metrics": {name: metric.state_dict() for name, metric in self.computed.items()},
         }
@@ -152,6 +166,7 @@ class Record:
             meter = self.meters[name] = AverageMeter()
             meter.val, meter.sum = tree_map(lambda tensor: tensor.to(device), (val, total))
             meter.count = count
+        self._mark = tree_map(lambda tensor: tensor.to(device), dict(state["mark"]))
         for name, metric in self.computed.items():
             if name in state["metrics"]:
                 metric.load_state_dict(state["metrics"][name], device)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .announcer import Announcer
 from .batch import num_samples
-from .checkpoint import CheckpointDirectory
+from .checkpoint import CheckpointDirectory, ensure_writable
 from .errors import ConfigurationError, EngineStateError, whole_number
 from .events import EpochEnd, EpochStart, FitEnd, FitStart, RunFailed, Settled, StepEnd
 from .history import History
@@ -160,6 +160,7 @@ class Run(Announcer):
         load_run_state(_engine(self), state, source)
         self._resumed_data = state["data"]
         self._ended_step = self.step
+        self._passed = not self.epoch_is_open
         if plan.reaches_further(**state["plan"]):
             self.stop_reason = None
         self._set_goal(plan)
@@ -274,6 +275,20 @@ class Run(Announcer):
     def training(self) -> bool:
         """Whether the present stage is training."""
         return self.stage == "train"
+
+    def directory_for(self, owner: str, wanted: str | Path | None = None, *, within: str = "") -> Path:
+        """Return the directory that ``owner`` writes in: the one it wants, or one ``within`` the run directory.
+
+        It is made if need be, and tried.
+
+        Raises:
+            ConfigurationError: if there is neither, or it cannot be written.
+        """
+        if wanted is None and self.directory is None:
+            raise ConfigurationError(f"{owner} has nowhere to write. Pass {owner}(directory), or add RunDirectory().")
+        directory = Path(wanted) if wanted is not None else Path(str(self.directory), within)
+        ensure_writable(directory, owner)
+        return directory
 
     def num_samples(self) -> int:
         """Return the number of samples in the present batch."""

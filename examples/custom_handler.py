@@ -86,8 +86,7 @@ class Gallery(Callback):
             axes.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
             axes.set_title(f"{label}, predicted {guess}", fontsize=9, color="black" if guess == label else "tab:red")
             axes.axis("off")
-        assert event.engine.directory is not None
-        figure.savefig(event.engine.directory / f"hardest-{event.engine.epoch:02}.png", dpi=120)
+        figure.savefig(event.engine.directory_for("Gallery") / f"hardest-{event.engine.epoch:02}.png", dpi=120)
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:

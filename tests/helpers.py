@@ -31,7 +31,7 @@ def linear() -> nn.Linear:
 
 
 def make_trainer(
-    *callbacks: Callback, model: nn.Module | None = None, lr: float = 0.1, metrics: Mapping[str, Any] | None = None
+    *callbacks: Callback, model: nn.Module | None = None, lr: float = 0.1, metrics: Mapping[Any, Any] | None = None
 ) -> Trainer:
     """A trainer for `class_batches`, with momentum so that the order of updates shows in the weights."""
     model = linear() if model is None else model  # a compiled model has no truth value

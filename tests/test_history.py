@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from camshaft.engine import Engine, History
+from camshaft.engine import ConfigurationError, Engine, History
 
 
 def history() -> History:
@@ -45,17 +45,65 @@ def test_the_plot_has_one_panel_per_value_with_the_history_in_it() -> None:
     assert np.asarray(val.get_xdata()).tolist() == [2]
 
 
-def test_validations_in_mid_epoch_are_all_kept_with_their_steps_and_drawn_over_steps() -> None:
-    values = iter([9.0, 3.0, 9.0, 9.0, 1.0, 9.0])
+def by_steps(values: dict[int, float], *, steps: int, every: int, epoch_length: int | None = None) -> Engine:
+    """A run whose loss in step n is ``values[n]``, or n itself, with batches of n samples; each validation gives 9."""
 
     def step(engine: Engine, batch: int) -> None:
-        engine.record(loss=next(values), weight=1)
+        loss = values.get(engine.step, float(engine.step)) if engine.training else 9.0
+        engine.record(loss=loss, weight=engine.step)
 
     engine = Engine(step)
-    engine.fit([1, 2, 3, 4], [0], epochs=1, validate_every="2 steps")
-    assert [(row["step"], row["val_loss"]) for row in engine.history.validations] == [(2, 9.0), (4, 9.0)]
-    (axes,) = engine.history.plot("loss").axes
+    engine.fit(range(100), [0], max_steps=steps, epoch_length=epoch_length, validate_every=f"{every} steps")
+    return engine
+
+
+def test_a_validation_in_mid_epoch_has_the_training_averages_since_the_one_before() -> None:
+    """Weighted by samples: after steps 1 and 2, then 3 and 4, though all are of one epoch with one row."""
+    history = by_steps({}, steps=4, every=2).history
+    expected = [(2, (1 * 1 + 2 * 2) / 3), (4, (3 * 3 + 4 * 4) / 7)]
+    assert [(row["step"], row["train_loss"]) for row in history.validations] == expected
+    assert [row["val_loss"] for row in history.validations] == [9.0, 9.0]
+    assert history["train_loss"] == [30 / 10]
+
+
+def test_training_averages_of_a_validation_begin_anew_with_the_epoch() -> None:
+    history = by_steps({}, steps=6, every=2, epoch_length=3).history
+    assert [row["train_loss"] for row in history.validations] == [5 / 3, 4.0, (25 + 36) / 11]
+
+
+def test_values_recorded_once_in_a_while_are_left_out_where_there_are_none() -> None:
+    def step(engine: Engine, batch: int) -> None:
+        engine.record(weight=1, **({"rare": 1.0} if engine.step == 1 else {}))
+
+    engine = Engine(step)
+    engine.fit(range(4), [0], epochs=1, validate_every="2 steps")
+    assert ["train_rare" in row for row in engine.history.validations] == [True, False]
+
+
+def test_validations_in_mid_epoch_are_drawn_over_steps() -> None:
+    (axes,) = by_steps({}, steps=4, every=2).history.plot("loss").axes
     assert axes.get_xlabel() == "step"
+    assert [np.asarray(line.get_xdata()).tolist() for line in axes.lines] == [[2, 4], [2, 4]]
+
+
+def test_the_best_row_is_that_of_the_best_number() -> None:
+    made = history()
+    for step, loss in ((10, math.nan), (12, 0.3), (14, 0.3), (16, 0.7)):
+        made.add_validation(3, step, {"val_loss": loss})
+    assert made.best("val_loss", mode="min") == {"epoch": 3, "step": 12, "val_loss": 0.3}
+    assert made.best("val_loss", mode="max")["step"] == 16
+    assert made.best("train_loss", mode="min") == {"epoch": 2, "step": 8, "train_loss": 0.4, "val_loss": 0.6}
+
+
+def test_what_has_no_best_is_refused_with_the_reason() -> None:
+    with pytest.raises(KeyError, match=r'no value "val_los".*Did you mean "val_loss"'):
+        history().best("val_los", mode="min")
+    with pytest.raises(ConfigurationError, match=r'mode=\'minimum\'\. Did you mean "min"\?'):
+        history().best("val_loss", mode="minimum")  # type: ignore[arg-type]  # the mistake
+    made = History()
+    made.add_validation(1, 1, {"val_loss": math.nan})
+    with pytest.raises(KeyError, match="has never been a number"):
+        made.best("val_loss", mode="min")
 
 
 def test_a_history_round_trips_through_its_state() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any
 
 import ignite.metrics
@@ -332,7 +333,7 @@ def test_a_dict_output_is_refused_with_what_to_write() -> None:
     "metric",
     [
         lambda output, target: accuracy(output["logits"], target),
-        LambdaInputTransformer(MulticlassAccuracy(3, average="micro"), transform_pred=lambda output: output["logits"]),
+        LambdaInputTransformer(MulticlassAccuracy(3, average="micro"), transform_pred=itemgetter("logits")),
         ignite.metrics.Accuracy(output_transform=lambda pair: (pair[0]["logits"], pair[1])),
     ],
     ids=HOUSES,

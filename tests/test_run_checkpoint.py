@@ -319,6 +319,19 @@ def test_if_every_file_is_damaged_that_is_an_error(tmp_path: Path) -> None:
         run(build(tmp_path, "plain", None), resume="auto")
 
 
+def test_a_run_resumed_in_mid_epoch_has_not_done_that_epoch_yet(tmp_path: Path) -> None:
+    """So a stop in it, the last of ``min_epochs``, does not count, as in the run that was never interrupted."""
+
+    def build_stubborn() -> Trainer:
+        trainer = build(tmp_path, "plain", None)
+        trainer.subscribe(StepEnd, lambda event: trainer.stop("early") if trainer.epoch == 3 else None)
+        return trainer
+
+    run(interrupt_at(build_stubborn(), 16), epochs=5, min_epochs=3)
+    resumed = run(build_stubborn(), epochs=5, min_epochs=3, resume="auto")
+    assert (resumed.epoch, resumed.step) == (5, 35)
+
+
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", None))
     files = RunCheckpoint(tmp_path).files

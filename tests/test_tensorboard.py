@@ -47,11 +47,14 @@ def test_every_value_of_the_history_is_in_the_event_file(tmp_path: Path) -> None
 
 
 def test_validations_in_mid_epoch_stand_at_their_own_steps(tmp_path: Path) -> None:
-    """All of them, not only the epoch's last."""
-    history = make_trainer(TensorBoard(tmp_path)).fit(TRAIN, VAL, epochs=2, validate_every="2 steps")
-    values = read(tmp_path)["val_loss"]
-    assert values == column(history.validations, "val_loss")
-    assert [step for step, _ in values] == [2, 4, 6]
+    """All of them, not only the epoch's last, each with the training since the one before."""
+    trainer = make_trainer(TensorBoard(tmp_path), metrics={"acc": MulticlassAccuracy(3)})
+    history = trainer.fit(TRAIN, VAL, epochs=2, validate_every="2 steps")
+    values = read(tmp_path)
+    for name in ("train_loss", "val_loss", "val_acc"):
+        assert values[name] == column(history.validations, name)
+    assert [step for step, _ in values["train_loss"]] == [2, 4, 6]
+    assert values["train_acc"] == column(history.rows, "train_acc")  # known for a whole epoch only
 
 
 def test_nan_and_infinity_are_written_as_they_are(tmp_path: Path) -> None:
