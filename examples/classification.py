@@ -5,7 +5,7 @@
 
 Mixup or CutMix on each batch, label smoothing, SGD without weight decay on biases and normalisation layers, a linear
 warm-up and a cosine, an exponential moving average of the weights that is what gets evaluated and kept, mixed
-precision. Leaves a sheet of mixed training images and one of predictions beside the curves.
+precision. Leaves a sheet of mixed training images and one of the predictions it is least sure of, beside the curves.
 """
 
 from __future__ import annotations
@@ -19,20 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torchmetrics.classification import Accuracy
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
-from camshaft.callbacks import (
-    BestCheckpoint,
-    MixedPrecision,
-    Placement,
-    ProgressBar,
-    Report,
-    RunDirectory,
-    Schedule,
-    WeightAverage,
-    warmup_cosine,
-)
+from camshaft import callbacks
 from camshaft.engine import Callback, Trainer, decay_groups
 
 
@@ -82,43 +73,32 @@ def collate(samples: Sequence[tuple[Any, int]], transform: v2.Transform, mix: v2
     return mix(images, labels)  # type: ignore[no-any-return]  # torchvision has no types
 
 
-def accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the share of right answers, where of a mixed label [N, 10] the larger part is the answer."""
-    labels = target.argmax(dim=1) if target.ndim == 2 else target
-    return (logits.argmax(dim=1) == labels).float().mean()
-
-
 def draw(images: Tensor, titles: Sequence[str], path: Path) -> None:
-    """Draw a sheet of images [24, 3, H, W], each with its title; those that begin with ! in red."""
+    """Draw a sheet of images [24, 3, H, W], each with its title."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    low, high = images.amin(), images.amax()
     for axes, image, title in zip(figure.subplots(3, 8).flat, images, titles, strict=False):
-        axes.imshow(((image - low) / (high - low)).permute(1, 2, 0).numpy())
-        axes.set_title(title.lstrip("!"), fontsize=9, color="tab:red" if title.startswith("!") else "black")
+        axes.imshow((image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy())
+        axes.set_title(title, fontsize=9, color="tab:red" if " not " in title else "black")
         axes.axis("off")
     figure.savefig(path, dpi=120)
 
 
-def draw_mixed(batch: tuple[Tensor, Tensor], path: Path) -> None:
-    """Draw training images with the shares of their two labels."""
-    images, target = batch
-    shares, labels = target.topk(2)
-    titles = [
-        f"{int(a)}" if p > 0.99 else f"{int(a)} ({p:.0%}) + {int(b)}"
-        for (p, _), (a, b) in zip(shares.tolist(), labels.tolist(), strict=True)
-    ]
+def draw_mixed(images: Tensor, target: Tensor, path: Path) -> None:
+    """Draw training images with the shares of their two labels, target [N, 10]."""
+    shares, labels = (values.tolist() for values in target.topk(2))
+    titles = [f"{a}" if p > 0.99 else f"{a} ({p:.0%}) + {b}" for (p, _), (a, b) in zip(shares, labels, strict=True)]
     draw(images, titles, path)
 
 
-def draw_predictions(trainer: Trainer, val: DataLoader[Any], path: Path) -> None:
+def draw_least_sure(trainer: Trainer, val: DataLoader[Any], path: Path) -> None:
     """Draw the validation images that the model is least sure of."""
     images, labels = (torch.cat(parts) for parts in zip(*val, strict=True))
     probability, predicted = trainer.predict(val).softmax(dim=1).max(dim=1)
     least = probability.argsort()[:24]
-    titles = [f"{'' if predicted[i] == labels[i] else '!'}{predicted[i]} ({probability[i]:.0%})" for i in least]
-    draw(images[least], titles, path)
+    wrong = ["" if label == guess else f" not {label}" for label, guess in zip(labels, predicted, strict=True)]
+    draw(images[least], [f"{predicted[i]}{wrong[i]} ({probability[i]:.0%})" for i in least], path)
 
 
 def main(args: argparse.Namespace) -> Trainer:
@@ -141,31 +121,28 @@ def main(args: argparse.Namespace) -> Trainer:
     val: DataLoader[Any] = DataLoader(val_set, args.batch_size, collate_fn=collate_val)
 
     model = models.get_model(args.model, weights=None, num_classes=10)
-    optimizer = torch.optim.SGD(decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9, nesterov=True)
-    total = args.epochs * len(train)
-    run = RunDirectory(args.output, settings=args)
-    callbacks: list[Callback] = [
+    run = callbacks.RunDirectory(args.output, settings=args)
+    handlers: list[Callback] = [
         run,
-        Placement(args.device),
-        Schedule(warmup_cosine(optimizer, warmup=max(1, total // 10), total=total), per="update"),
-        WeightAverage("ema", decay=args.ema_decay),
-        BestCheckpoint("val_acc", mode="max", restore=True),
-        Report(),
-        ProgressBar(),
+        callbacks.Placement(args.device),
+        callbacks.Metrics({"acc": Accuracy("multiclass", num_classes=10)}, train=False),  # labels are mixed there
+        callbacks.Schedule(callbacks.warmup_cosine, per="update"),
+        callbacks.WeightAverage("ema", decay=args.ema_decay),
+        callbacks.BestCheckpoint("val_acc", restore=True),
+        callbacks.Report(),
+        callbacks.ProgressBar(),
     ]
     if args.precision != "fp32":
-        callbacks.append(MixedPrecision(args.precision))
-    trainer = Trainer(
-        model,
-        optimizer,
-        nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
-        metrics={"acc": accuracy},
-        callbacks=callbacks,
-    )
-    draw_mixed(next(iter(train)), run.path / "samples.png")
+        handlers.append(callbacks.MixedPrecision(args.precision))
+    groups = decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    trainer = Trainer(model, optimizer, loss_fn, callbacks=handlers)
+    images, target = next(iter(train))
+    draw_mixed(images, target, run.path / "samples.png")
     trainer.fit(train, val, epochs=args.epochs)
 
-    draw_predictions(trainer, val, run.path / "least_sure.png")
+    draw_least_sure(trainer, val, run.path / "least_sure.png")
     print(f"validation accuracy: {trainer.evaluate(val)['acc']:.4f}")
     print(f"run directory: {run.path}")
     return trainer

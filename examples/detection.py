@@ -19,20 +19,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision import datasets, models, tv_tensors
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import Conv2dNormActivation, masks_to_boxes
 from torchvision.transforms import v2
 
-from camshaft.callbacks import (
-    BestCheckpoint,
-    Metrics,
-    Placement,
-    ProgressBar,
-    Report,
-    RunDirectory,
-    Schedule,
-    warmup_cosine,
-)
+from camshaft import callbacks
 from camshaft.engine import Engine
 
 SHAPES = ("", "circle", "square", "triangle")  # detection models keep 0 for the background
@@ -97,55 +87,35 @@ def collate(samples: Samples) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return [image for image, _ in samples], [target for _, target in samples]
 
 
-def build_model(name: str, size: int, num_classes: int) -> nn.Module:
+def build_model(name: str, size: int, num_classes: int) -> Any:
     """Return an untrained detector: one of torchvision's, or a Faster R-CNN on a backbone of four convolutions."""
     if name != "small":
-        return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)  # type: ignore[no-any-return]  # no types
-    widths = (3, 32, 64, 128, 128)
-    backbone = nn.Sequential(
-        *(Conv2dNormActivation(widths[i], widths[i + 1], stride=2 if i < 3 else 1) for i in range(4))
-    )
-    backbone.out_channels = 128  # type: ignore[assignment]  # where torchvision looks for it
-    return FasterRCNN(  # type: ignore[no-any-return]  # no types
-        backbone,
-        min_size=size,
-        max_size=size,
-        rpn_anchor_generator=AnchorGenerator(sizes=((size // 6, size // 4, size // 3),), aspect_ratios=((1.0,),)),
-        rpn_post_nms_top_n_train=200,
-        rpn_post_nms_top_n_test=50,
-        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=5, sampling_ratio=2),
-        box_head=TwoMLPHead(128 * 5 * 5, 128),
-        box_predictor=FastRCNNPredictor(128, num_classes),
-        box_batch_size_per_image=64,
-    )
-
-
-class Precision(MeanAveragePrecision):
-    """Mean average precision over intersections of 50 % to 95 %, without the twelve other values."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]  # the base returns a dict
-        """Return the one value."""
-        return super().compute()["map"]  # type: ignore[no-any-return]  # no types
+        return models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+    sizes = ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1))
+    backbone: Any = nn.Sequential(*(Conv2dNormActivation(c_in, c_out, stride=stride) for c_in, c_out, stride in sizes))
+    backbone.out_channels = 128  # where torchvision looks for it
+    anchors = AnchorGenerator(sizes=((size // 6, size // 4, size // 3),), aspect_ratios=((1.0,),))
+    few = {"rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 50, "box_batch_size_per_image": 16}
+    settings = {"min_size": size, "max_size": size, "rpn_anchor_generator": anchors, **few}
+    return models.detection.FasterRCNN(backbone, num_classes, **settings)
 
 
 def draw_boxes(samples: Samples, found: list[dict[str, Tensor]], path: Path) -> None:
-    """Draw images with the true boxes (white) and the predicted ones of a score above one half."""
+    """Draw images with the true boxes (white), and the predicted ones of a score above one half with their class."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     for axes, (image, target), boxes in zip(figure.subplots(2, 4).flat, samples, found, strict=True):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        for x1, y1, x2, y2 in target["boxes"].tolist():
-            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="white", linewidth=3))
-        found_here = zip(*(boxes[key].tolist() for key in ("boxes", "labels", "scores")), strict=True)
-        for (x1, y1, x2, y2), label, score in found_here:
-            if score > 0.5:
-                colour = f"C{label}"
-                name = SHAPES[label] if len(SHAPES) > label else str(label)
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5))
-                axes.text(x1, y1 - 2, f"{name} {score:.2f}", color="white", backgroundcolor=colour, fontsize=6)
         axes.axis("off")
+        shown = [(box, "white", "") for box in target["boxes"].tolist()]
+        for box, label, score in zip(*(boxes[key].tolist() for key in ("boxes", "labels", "scores")), strict=True):
+            name = SHAPES[label] if len(SHAPES) > label else label
+            shown += [(box, f"C{label}", f"{name} {score:.2f}")] if score > 0.5 else []
+        for (x1, y1, x2, y2), colour, text in shown:
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1 if text else 3))
+            axes.text(x1, y1 - 2, text, color="white", backgroundcolor=colour if text else "none", fontsize=6)
     figure.savefig(path, dpi=120)
 
 
@@ -160,7 +130,6 @@ def main(args: argparse.Namespace) -> Engine:
     val: DataLoader[Any] = DataLoader(val_set, args.batch_size, collate_fn=collate)
 
     model = build_model(args.model, args.size, num_classes=21 if args.data == "voc" else 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
 
     def step(engine: Engine, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> dict[str, Tensor] | None:
         images, targets = batch
@@ -168,33 +137,31 @@ def main(args: argparse.Namespace) -> Engine:
             engine.measure(model(images), targets)
             return None
         losses = model(images, targets)
-        loss = sum(losses.values())
-        engine.update(loss)
+        engine.update(loss := sum(losses.values()))
         return {"loss": loss, **losses}
 
-    total = args.epochs * len(train)
-    run = RunDirectory(args.output, settings=args)
-    engine = Engine(
-        step,
-        model=model,
-        optimizer=optimizer,
-        callbacks=[
-            run,
-            Placement(args.device),
-            Metrics({"map": Precision()}),
-            Schedule(warmup_cosine(optimizer, warmup=max(1, total // 10), total=total), per="update"),
-            BestCheckpoint("val_map", mode="max", restore=True),
-            Report(),
-            ProgressBar(),
-        ],
-    )
+    run = callbacks.RunDirectory(args.output, settings=args)
+    handlers = [
+        run,
+        callbacks.Placement(args.device),
+        callbacks.Metrics({("map", "map_50"): MeanAveragePrecision()}),
+        callbacks.Schedule(callbacks.warmup_cosine, per="update"),
+        callbacks.BestCheckpoint("val_map", restore=True),
+        callbacks.Report(),
+        callbacks.ProgressBar(),
+    ]
+    engine = Engine(step, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr), callbacks=handlers)
     history = engine.fit(train, val, epochs=args.epochs)
 
     samples = [val_set[index] for index in range(8)]
     with torch.inference_mode():
         found = model.eval()([image.to(engine.device) for image, _ in samples])
     draw_boxes(samples, found, run.path / "boxes.png")
-    print(f"best mean average precision on validation: {max(history['val_map']):.4f}")
+    print(
+        "best mean average precision on validation: {val_map:.4f}, in epoch {epoch}".format(
+            **history.best("val_map", "max")
+        )
+    )
     print(f"run directory: {run.path}")
     return engine
 

@@ -2,9 +2,10 @@
 
     python examples/gan.py
 
-The generator learns to turn noise into points of eight clusters on a circle. A validation counts how many of its
-samples lie in a cluster and how many clusters it has found. Leaves pictures of the samples as they were along the run
-and of both losses, the log, the settings and the history.
+The generator learns to turn noise into points of eight clusters on a circle. Each loss is for one optimizer, named as
+the part it is; the clipping and a schedule follow each. A validation counts how many samples lie in a cluster, and how
+many clusters were found. Leaves pictures of the samples as they were along the run and of both losses, the log, the
+settings and the history.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader
 
-from camshaft.callbacks import Placement, ProgressBar, Report, RunDirectory
+from camshaft.callbacks import ClipGradients, Placement, ProgressBar, Report, RunDirectory, Schedule, warmup_cosine
 from camshaft.engine import Engine, EpochEnd, every
 
 CLUSTERS, RADIUS, SPREAD = 8, 2.0, 0.15
@@ -31,7 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--noise", type=int, default=8, help="dimensions of the generator's noise")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--gradient-penalty", type=float, default=0.1, help="on the discriminator at real points")
     parser.add_argument("--picture-every", type=int, default=6, help="epochs between two pictures of samples")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,8 +87,6 @@ def main(args: argparse.Namespace) -> Engine:
     val = [torch.randn(2000, args.noise)]  # the same noise in each validation
 
     generator, discriminator = mlp(args.noise, 2), mlp(2, 1)
-    g_optimizer = torch.optim.Adam(generator.parameters(), lr=args.lr, betas=(0.5, 0.99))
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.lr, betas=(0.5, 0.99))
 
     def step(engine: Engine, batch: Tensor) -> dict[str, Tensor]:
         if not engine.training:
@@ -99,14 +98,10 @@ def main(args: argparse.Namespace) -> Engine:
         (gradient,) = torch.autograd.grad(score.sum(), real, create_graph=True)
         penalty = args.gradient_penalty / 2 * gradient.square().sum(dim=1).mean()
         d_loss = softplus(-score).mean() + softplus(discriminator(fake.detach())).mean()
-        d_optimizer.zero_grad()
-        (d_loss + penalty).backward()
-        d_optimizer.step()
+        engine.update(d_loss + penalty, optimizer="d_optimizer")
 
         g_loss = softplus(-discriminator(fake)).mean()
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
+        engine.update(g_loss, optimizer="g_optimizer")
         return {"generator_loss": g_loss, "discriminator_loss": d_loss}
 
     run = RunDirectory(args.output, settings=args)
@@ -114,9 +109,17 @@ def main(args: argparse.Namespace) -> Engine:
         step,
         generator=generator,
         discriminator=discriminator,
-        g_optimizer=g_optimizer,
-        d_optimizer=d_optimizer,
-        callbacks=[run, Placement(args.device), Report(), ProgressBar()],
+        g_optimizer=torch.optim.Adam(generator.parameters(), lr=args.lr, betas=(0.5, 0.99)),
+        d_optimizer=torch.optim.Adam(discriminator.parameters(), lr=args.lr, betas=(0.5, 0.99)),
+        callbacks=[
+            run,
+            Placement(args.device),
+            ClipGradients(norm=10.0),
+            Schedule(warmup_cosine, per="update", optimizer="g_optimizer"),
+            Schedule(warmup_cosine, per="update", optimizer="d_optimizer"),
+            Report(),
+            ProgressBar(),
+        ],
     )
     pictures = {}
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation with torchvision's own models: a model that returns a dict, in a step of your own.
+"""Semantic segmentation with torchvision's own models, which return a dict: a loss and a metric that take their part.
 
     python examples/segmentation.py    # circles, squares and triangles drawn on the fly, no download
     python examples/segmentation.py --data voc --size 256 --batch-size 8 --epochs 100    # Pascal VOC 2012
@@ -10,28 +10,23 @@ over union, the best weights, the log, the settings and the history.
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import JaccardIndex
+from torchmetrics.wrappers import LambdaInputTransformer
 from torchvision import datasets, models, tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks, make_grid
 
-from camshaft.callbacks import (
-    BestCheckpoint,
-    Metrics,
-    Placement,
-    ProgressBar,
-    Report,
-    RunDirectory,
-    Schedule,
-    warmup_cosine,
-)
-from camshaft.engine import Engine
+from camshaft.callbacks import BestCheckpoint, Placement, ProgressBar, Report, RunDirectory, Schedule, warmup_cosine
+from camshaft.engine import Trainer
 
 VOID = 255  # the label of pixels that do not count
 
@@ -97,79 +92,68 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     return model
 
 
+def loss_fn(output: dict[str, Tensor], masks: Tensor) -> Tensor:
+    """Return the mean cross entropy over the pixels that count."""
+    return cross_entropy(output["out"], masks, ignore_index=VOID)
+
+
 def draw_overlays(images: Tensor, masks: Tensor, predicted: Tensor, num_classes: int, path: Path) -> None:
-    """Draw images [N, 3, H, W] alone, with their true masks [N, H, W] and with the predicted ones, in three rows."""
-    from matplotlib import colormaps
+    """Draw images [N, 3, H, W] alone, under their true masks [N, H, W] and under the predicted ones, in three rows."""
+    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
-    colours = [
-        tuple(int(255 * part) for part in colormaps["tab20"]((2 * label + label // 10) % 20)[:3])
-        for label in range(num_classes - 1)
-    ]
-    labels = torch.arange(1, num_classes)[:, None, None]
-
-    def overlay(image: Tensor, mask: Tensor) -> Tensor:
-        return draw_segmentation_masks(image, mask == labels, alpha=0.7, colors=colours)  # type: ignore[no-any-return]
-
-    rows = [images] + [torch.stack(list(map(overlay, images, chosen))) for chosen in (masks, predicted)]
+    draw = partial(
+        draw_segmentation_masks, alpha=0.7, colors=[to_hex(f"C{label % 10}") for label in range(num_classes)]
+    )
+    rows = {"images": images}
+    for title, chosen in (("true masks", masks), ("predicted masks", predicted)):
+        layers = chosen[:, None] == torch.arange(1, num_classes)[:, None, None]
+        rows[title] = torch.stack(list(map(draw, images, layers)))
     figure = Figure(figsize=(12, 4.9), layout="constrained")
-    for axes, title, row in zip(figure.subplots(3, 1), ("images", "true masks", "predicted masks"), rows, strict=True):
+    for axes, (title, row) in zip(figure.subplots(3, 1), rows.items(), strict=True):
         axes.imshow(make_grid(row, nrow=len(row), pad_value=1.0).permute(1, 2, 0).numpy())
         axes.set_title(title, fontsize=10)
         axes.axis("off")
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Engine:
-    """Train as the settings say and return the finished engine."""
+def main(args: argparse.Namespace) -> Trainer:
+    """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
+    num_classes = 21 if args.data == "voc" else 4
     if args.data == "voc":
-        num_classes = 21
         train_set, val_set = load_voc(args.data_dir, args.size)
     else:
-        num_classes = 4
         train_set, val_set = draw_shapes(args.images, args.size), draw_shapes(120, args.size)
     train: DataLoader[Any] = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True)
     val: DataLoader[Any] = DataLoader(val_set, args.batch_size)
 
     model = build_model(args.model, num_classes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    loss_fn = nn.CrossEntropyLoss(ignore_index=VOID)
-
-    def step(engine: Engine, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, masks = batch
-        logits = model(images)["out"]
-        loss: Tensor = loss_fn(logits, masks)
-        engine.measure(logits, masks)
-        if engine.training:
-            engine.update(loss)
-        return loss
-
-    total = args.epochs * len(train)
+    miou = JaccardIndex(task="multiclass", num_classes=num_classes, ignore_index=VOID)
     run = RunDirectory(args.output, settings=args)
-    engine = Engine(
-        step,
-        model=model,
-        optimizer=optimizer,
+    trainer = Trainer(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=args.lr),
+        loss_fn,
+        metrics={"miou": LambdaInputTransformer(miou, transform_pred=itemgetter("out"))},
         callbacks=[
             run,
             Placement(args.device),
-            Metrics({"miou": JaccardIndex(task="multiclass", num_classes=num_classes, ignore_index=VOID)}),
-            Schedule(warmup_cosine(optimizer, warmup=max(1, total // 10), total=total), per="update"),
+            Schedule(warmup_cosine, per="update"),
             BestCheckpoint("val_miou", mode="max", restore=True),
             Report(),
             ProgressBar(),
         ],
     )
-    history = engine.fit(train, val, epochs=args.epochs)
+    history = trainer.fit(train, val, epochs=args.epochs)
 
     images, masks = (part[:8] for part in next(iter(val)))
-    with torch.inference_mode():
-        predicted = model.eval()(images.to(engine.device))["out"].argmax(dim=1).cpu()
+    predicted = trainer.predict([images])["out"].argmax(dim=1)
     draw_overlays(images, masks, predicted, num_classes, run.path / "overlays.png")
-    print(f"best mean intersection over union on validation: {max(history['val_miou']):.4f}")
+    best = history.best("val_miou", mode="max")
+    print(f"best mean intersection over union on validation: {best['val_miou']:.4f}, in epoch {best['epoch']}")
     print(f"run directory: {run.path}")
-    return engine
+    return trainer
 
 
 if __name__ == "__main__":

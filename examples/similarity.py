@@ -4,21 +4,21 @@
     python examples/similarity.py --data fashionmnist --steps 600
 
 Each batch holds several images of each of several classes; the loss takes, for each of them, the farthest of its own
-class and the nearest of another. A metric written here measures recall@1: how often an image's nearest neighbour is
-of its class. Leaves a picture of the embedding, the curves, the best weights, the log, the settings and the history.
+class and the nearest of another. Recall@1 is how often an image's nearest neighbour is of its class. Leaves a picture
+of the embedding, the curves, the best weights, the log, the settings and the history.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Sampler, TensorDataset
-from torchmetrics import Metric
 
 from camshaft.callbacks import BestCheckpoint, EarlyStopping, Placement, ProgressBar, Report, RunDirectory
 from camshaft.engine import Trainer
@@ -93,42 +93,19 @@ class Embedding(nn.Module):
         return normalize(self.layers(images), dim=1)
 
 
-class HardTripletLoss(nn.Module):
-    """``max(0, margin + farthest of the own class - nearest of another)``, the mean over the batch."""
-
-    def __init__(self, margin: float) -> None:
-        super().__init__()
-        self.margin = margin
-
-    def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss; embedding [N, D], labels [N]."""
-        distance = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
-        same = labels[:, None] == labels
-        farthest = distance.masked_fill(~same, 0).amax(dim=1)
-        nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
-        return (self.margin + farthest - nearest).relu().mean()
+def hard_triplet_loss(embedding: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the mean of ``max(0, margin + farthest of the own class - nearest of another)``; [N, D], labels [N]."""
+    distance = torch.cdist(embedding, embedding, compute_mode="donot_use_mm_for_euclid_dist")
+    same = labels[:, None] == labels
+    farthest = distance.masked_fill(~same, 0).amax(dim=1)
+    nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
+    return (margin + farthest - nearest).relu().mean()
 
 
-class RecallAtOne(Metric):
-    """The share of samples whose nearest neighbour, of all that were seen, is of their class."""
-
-    higher_is_better = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("embeddings", default=[], dist_reduce_fx="cat")
-        self.add_state("labels", default=[], dist_reduce_fx="cat")
-
-    def update(self, embedding: Tensor, labels: Tensor) -> None:
-        """Take in one batch."""
-        self.embeddings.append(embedding)  # type: ignore[operator, union-attr]  # a list, by add_state
-        self.labels.append(labels)  # type: ignore[operator, union-attr]
-
-    def compute(self) -> Tensor:
-        """Return the share."""
-        embeddings, labels = torch.cat(list(self.embeddings)), torch.cat(list(self.labels))  # type: ignore[arg-type]
-        similarity = (embeddings @ embeddings.T).fill_diagonal_(-1)
-        return (labels[similarity.argmax(dim=1)] == labels).float().mean()
+def recall_at_one(embedding: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of a batch [N, D] whose nearest neighbour in it is of the same class [N]."""
+    similarity = (embedding @ embedding.T).fill_diagonal_(-1)
+    return (labels[similarity.argmax(dim=1)] == labels).float().mean()
 
 
 def draw_embedding(embedding: Tensor, labels: Tensor, path: Path) -> None:
@@ -153,20 +130,20 @@ def main(args: argparse.Namespace) -> Trainer:
     train_set, val_set = load_digits() if args.data == "digits" else load_fashion_mnist(args.data_dir)
     batches = ClassBatches(train_set.tensors[1], args.classes, args.samples, args.steps)
     train = DataLoader(train_set, batch_sampler=batches)
-    val = DataLoader(val_set, batch_size=len(val_set))  # one batch, so that each triplet is looked for among all
+    val = DataLoader(val_set, batch_size=len(val_set))  # one batch, so that neighbours are looked for among all
 
     model = Embedding(args.dimensions)
     run = RunDirectory(args.output, settings=args)
     trainer = Trainer(
         model,
         torch.optim.Adam(model.parameters(), lr=args.lr),
-        HardTripletLoss(args.margin),
-        metrics={"recall": RecallAtOne()},
+        partial(hard_triplet_loss, margin=args.margin),
+        metrics={"recall": recall_at_one},
         callbacks=[
             run,
             Placement(args.device),
-            EarlyStopping("val_recall", patience=args.patience),
-            BestCheckpoint("val_recall", restore=True),
+            EarlyStopping("val_recall", mode="max", patience=args.patience),
+            BestCheckpoint("val_recall", mode="max", restore=True),
             Report(),
             ProgressBar(),
         ],

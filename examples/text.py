@@ -139,8 +139,8 @@ def main(args: argparse.Namespace) -> Engine:
     sample = write_text(model, vocabulary, length=600)
     (run.path / "sample.txt").write_text(sample, encoding="utf-8")
     print(f"{sample}\n")
-    best = min(row["val_loss"] for row in history.validations)
-    print(f"best validation loss: {best:.3f} nats per character, after {engine.num_updates} updates in all")
+    best = history.best("val_loss", mode="min")
+    print(f"best validation loss: {best['val_loss']:.3f} nats per character, after {best['step']} batches")
     print(f"run directory: {run.path}")
     return engine
 
