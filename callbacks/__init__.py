@@ -1,6 +1,7 @@
 """Handlers: each is one file, and composes with the others through `camshaft.engine` alone."""
 
 from .best_checkpoint import BestCheckpoint
+from .compile import Compile
 from .early_stopping import EarlyStopping
 from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
@@ -22,6 +23,7 @@ from .weight_average import WeightAverage
 __all__ = [
     "Placement",
     "MixedPrecision",
+    "Compile",
     "Metrics",
     "ProgressBar",
     "EarlyStopping",

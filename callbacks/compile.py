@@ -1,0 +1,89 @@
+"""Compiled modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
+from camshaft.engine.errors import did_you_mean
+
+
+class Compile(Callback):
+    """Compiles parts of the run in place, by ``torch.compile``.
+
+    The modules stay the objects they are and their weights keep their names, so that checkpoints load with and without
+    this handler. The first batch of each shape and mode waits for the compiler, and results differ from uncompiled
+    ones in their last bits. Measure whether it pays: a step of a three-layer network on a CPU became 1.5 times slower.
+
+    Args:
+        parts: names of the parts to compile; each must be a module.
+        options: what ``torch.compile`` takes: ``mode``, ``dynamic``, ``fullgraph``, ``backend`` or ``options``.
+
+    Raises:
+        ConfigurationError: at attachment, for a part that is no module or is compiled already; before the first step,
+            where the device has no compiler.
+    """
+
+    def __init__(self, *parts: str, **options: Any) -> None:
+        self.parts = parts or ("model",)
+        self.options = options
+
+    def attach(self, engine: Engine) -> None:
+        """Compile the parts; torch does the work when they are first called."""
+        super().attach(engine)
+        for name in self.parts:
+            module = engine.modules().get(name)
+            if module is None:
+                modules = engine.modules()
+                raise ConfigurationError(
+                    f'Compile is to compile "{name}", but the modules of the run are: {", ".join(modules) or "none"}. '
+                    f"{did_you_mean(name, modules)}Name parts of the engine that are modules."
+                )
+            if is_compiled(module):
+                raise ConfigurationError(f'The part "{name}" is compiled already. Leave one of the two out.')
+            try:
+                module.compile(**self.options)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ConfigurationError(
+                    f'"{name}" cannot be compiled: {str(error).rstrip(".")}. '
+                    "Pass what torch.compile takes, or leave Compile out."
+                ) from error
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Refuse a device without a compiler, which torch would notice in the middle of the first step."""
+        if self.options.get("backend", "inductor") == "inductor" and (reason := _reason_against(event.engine.device)):
+            raise ConfigurationError(f"Compile cannot work here: {reason}")
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"Compile({', '.join(map(repr, self.parts))}{options})"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is compiled, in place or wrapped.
+
+    >>> is_compiled(nn.Linear(1, 1)), is_compiled(torch.compile(nn.Linear(1, 1)))
+    (False, True)
+    """
+    return isinstance(getattr(module, "_orig_mod", None), nn.Module) or module._compiled_call_impl is not None
+
+
+def _reason_against(device: torch.device) -> str:
+    """Return why torch's own compiler cannot work for a device, and what to do; nothing where it can."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return f"{torch.cuda.get_device_name(device)} is older than it supports. Leave Compile out."
+        if importlib.util.find_spec("triton") is None:
+            return "triton is missing, which writes code for CUDA. Write: pip install triton."
+        return ""
+    wanted = os.environ.get("CXX")
+    compilers = [wanted] if wanted else ["g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(name) for name in compilers):
+        return f"there is no C++ compiler ({', '.join(compilers)}). Install g++, or set CXX to the path of another."
+    return ""

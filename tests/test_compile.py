@@ -1,0 +1,152 @@
+"""Compiled modules: the same objects under the same names, and what cannot work is refused before step 1."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import class_batches, linear, make_trainer, run_python
+from torch import Tensor, nn
+
+from camshaft.callbacks import BestCheckpoint, Compile, RunCheckpoint, WeightAverage
+from camshaft.engine import ConfigurationError, Engine, Trainer
+
+TRAIN, VAL = class_batches(8, 8, 8, 3), class_batches(8, 5, seed=1)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    return list(trainer.model.state_dict().values())
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_training_compiled_gives_what_training_gives(tmp_path: Path) -> None:
+    """With torch's own compiler, an uneven last batch, and evaluations in between, to rounding."""
+    compiled, plain = make_trainer(Compile(), model=net()), make_trainer(model=net())
+    for trainer in (compiled, plain):
+        trainer.fit(TRAIN, VAL, epochs=2)
+    assert compiled.history["val_loss"] == pytest.approx(plain.history["val_loss"], rel=1e-4)
+    for mine, other in zip(weights(compiled), weights(plain), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_is_the_same_object_and_goes_through_the_compiler() -> None:
+    """Seen by a backend of ours: it is handed the model's graph, in training and in evaluation."""
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    model = net()
+    trainer = make_trainer(Compile(backend=backend), model=model)
+    assert trainer.model is model
+    trainer.fit(TRAIN, VAL, epochs=1)
+    assert len(graphs) >= 2
+    assert all("batch_norm" in code for code in graphs)
+
+
+def test_checkpoints_hold_plain_names_and_load_with_and_without_it(tmp_path: Path) -> None:
+    best = BestCheckpoint("val_loss", directory=tmp_path / "best")
+    callbacks = [best, RunCheckpoint(tmp_path / "run")]
+    make_trainer(Compile(backend="eager"), *callbacks, model=net()).fit(TRAIN, VAL, epochs=1)
+    assert list(best.weights()) == list(net().state_dict())
+    net().load_state_dict(best.weights())
+    resumed = make_trainer(
+        BestCheckpoint("val_loss", directory=tmp_path / "best"), RunCheckpoint(tmp_path / "run"), model=net()
+    )
+    resumed.fit(TRAIN, VAL, epochs=2, resume="auto")
+    through = make_trainer(model=net())
+    through.fit(TRAIN, VAL, epochs=2)
+    for mine, other in zip(weights(resumed), weights(through), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_evaluations_use_the_average_of_the_weights() -> None:
+    """Compiled code reads the weights anew, also where they were exchanged."""
+    values = []
+    for callbacks in ([Compile(backend="eager")], []):
+        trainer = make_trainer(*callbacks, WeightAverage("ema", decay=0.9), model=net())
+        trainer.fit(TRAIN, VAL, epochs=2)
+        values.append((trainer.history["val_loss"], trainer.evaluate(VAL)))
+    assert values[0] == values[1]
+
+
+def test_parts_may_be_named() -> None:
+    generator, critic = linear(), linear()
+    Engine(generator=generator, critic=critic, callbacks=[Compile("critic", backend="eager")])
+    assert critic._compiled_call_impl is not None
+    assert generator._compiled_call_impl is None
+
+
+def test_what_is_no_module_of_the_run_is_refused_with_a_guess() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r'compile "modle", but .* are: model, loss_fn\. Did you mean "model"'
+    ):
+        make_trainer(Compile("modle"))
+    with pytest.raises(ConfigurationError, match=r"of the run are: none\."):
+        Engine(callbacks=[Compile()])
+
+
+@pytest.mark.parametrize("way", ["in place", "wrapped", "twice"])
+def test_a_model_that_is_compiled_already_is_refused(way: str) -> None:
+    model: Any = net()
+    if way == "in place":
+        model.compile(backend="eager")
+    if way == "wrapped":
+        model = torch.compile(model, backend="eager")
+    handlers = [Compile(backend="eager") for _ in range(2 if way == "twice" else 1)]
+    with pytest.raises(ConfigurationError, match=r'"model" is compiled already\. Leave one of the two out'):
+        make_trainer(*handlers, model=model)
+
+
+@pytest.mark.parametrize("options", [{"backend": "inductr"}, {"speed": "high"}, {"mode": "fastest"}])
+def test_an_option_that_torch_does_not_know_is_refused(options: dict[str, Any]) -> None:
+    """Before step 1, wherever torch itself looks at it."""
+    trainer = make_trainer(model=net())
+    with pytest.raises(ConfigurationError, match='"model" cannot be compiled: '):
+        trainer.attach(Compile(**options))
+
+
+NO_COMPILER = """
+import os, sys
+os.environ["PATH"] = ""
+os.environ.pop("CXX", None)
+sys.path.insert(0, sys.argv[1])
+from helpers import class_batches, make_trainer
+from camshaft.callbacks import Compile
+trainer = make_trainer(Compile())
+try:
+    trainer.fit(class_batches(8), epochs=1)
+finally:
+    print(trainer.step)
+"""
+
+
+def test_a_machine_without_a_compiler_is_told_before_step_1() -> None:
+    assert shutil.which("g++")  # there is one here: the path is what hides it
+    run = run_python(NO_COMPILER, Path(__file__).parent)
+    assert run.stdout == "0\n"
+    assert "Compile cannot work here: there is no C++ compiler (g++, clang++, c++, cl). Install g++" in run.stderr
+
+
+@pytest.mark.gpu
+def test_training_compiled_on_cuda_gives_what_training_gives() -> None:
+    compiled, plain = (make_trainer(*extra, model=net().cuda()) for extra in ([Compile()], []))
+    data = [(x.cuda(), y.cuda()) for x, y in TRAIN]
+    for trainer in (compiled, plain):
+        trainer.fit(data, epochs=2)
+    for mine, other in zip(weights(compiled), weights(plain), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
