@@ -34,9 +34,9 @@ class BestCheckpoint(Callback):
     """Writes the model's weights whenever a value is the best so far, and keeps the ``top_k`` best.
 
     ``best.pt`` always holds the best: a plain ``state_dict`` of the bare model, for
-    ``model.load_state_dict(torch.load("best.pt", weights_only=True))``. ``best.optimizer.pt`` beside it holds
-    the optimizer's state of that moment. With ``top_k > 1`` the runners-up are kept under names that tell
-    value, epoch and step.
+    ``model.load_state_dict(torch.load("best.pt", weights_only=True))``. Beside it, ``best.optimizer.pt`` holds the
+    state of that moment of the part ``optimizer``, if there is one. With ``top_k > 1`` the runners-up are kept under
+    names that tell value, epoch and step.
 
     A new file is whole and on the disk before an old one goes; a failed write warns, and training goes on with
     the old file. Of two equal values the earlier is better. NaN is never best.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class Compile(Callback):
         options: what ``torch.compile`` takes: ``mode``, ``dynamic``, ``fullgraph``, ``backend`` or ``options``.
 
     Raises:
-        ConfigurationError: at attachment, for a part that is no module or is compiled already; before the first step,
-            where the device has no compiler.
+        ConfigurationError: at attachment, for a part that is no module or is wrapped by ``torch.compile``; before the
+            first step, where the device has no compiler.
     """
 
     def __init__(self, *parts: str, **options: Any) -> None:
@@ -36,19 +37,19 @@ class Compile(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Compile the parts; torch does the work when they are first called."""
-        super().attach(engine)
+        modules = engine.modules()
         for name in self.parts:
-            module = engine.modules().get(name)
-            if module is None:
-                modules = engine.modules()
+            if name not in modules:
                 raise ConfigurationError(
                     f'Compile is to compile "{name}", but the modules of the run are: {", ".join(modules) or "none"}. '
                     f"{did_you_mean(name, modules)}Name parts of the engine that are modules."
                 )
-            if is_compiled(module):
-                raise ConfigurationError(f'The part "{name}" is compiled already. Leave one of the two out.')
+            if isinstance(getattr(modules[name], "_orig_mod", None), nn.Module):
+                raise ConfigurationError(f'"{name}" was compiled by torch.compile(model). Leave one of the two out.')
+        super().attach(engine)
+        for name in self.parts:
             try:
-                module.compile(**self.options)
+                modules[name].compile(**self.options)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ConfigurationError(
                     f'"{name}" cannot be compiled: {str(error).rstrip(".")}. '
@@ -65,15 +66,6 @@ class Compile(Callback):
         return f"Compile({', '.join(map(repr, self.parts))}{options})"
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module is compiled, in place or wrapped.
-
-    >>> is_compiled(nn.Linear(1, 1)), is_compiled(torch.compile(nn.Linear(1, 1)))
-    (False, True)
-    """
-    return isinstance(getattr(module, "_orig_mod", None), nn.Module) or module._compiled_call_impl is not None
-
-
 def _reason_against(device: torch.device) -> str:
     """Return why torch's own compiler cannot work for a device, and what to do; nothing where it can."""
     if device.type == "cuda":
@@ -82,8 +74,8 @@ def _reason_against(device: torch.device) -> str:
         if importlib.util.find_spec("triton") is None:
             return "triton is missing, which writes code for CUDA. Write: pip install triton."
         return ""
-    wanted = os.environ.get("CXX")
-    compilers = [wanted] if wanted else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(name) for name in compilers):
-        return f"there is no C++ compiler ({', '.join(compilers)}). Install g++, or set CXX to the path of another."
+    # Where torch looks, too; on other systems than Linux it looks further.
+    compiler = os.environ.get("CXX", "g++")
+    if sys.platform == "linux" and shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler}. Install g++, or set CXX to the path of another."
     return ""

@@ -30,7 +30,7 @@ class Ignite(Callback):
 
     ``train`` and ``val`` are real ``ignite.engine.Engine`` objects, to which anything of ignite's attaches. They
     have no loop of their own: their events fire and their states change as this engine trains and validates.
-    ``state.output`` is an `Output` on a `Trainer`, and what the step returned on another engine;
+    ``state.output`` is an `Output` on a `Trainer`, and on another engine what the step measured or else returned;
     ``state.metrics`` holds this engine's values, such as ``val_acc``, beside those that ignite's metrics put there.
     Gradients are gone when a step ends: to read them, attach to the event ``"gradients_ready"`` of ``train``.
 

@@ -76,10 +76,8 @@ class Monitor:
                 f'{self.owner} watches "{self.name}", but fit was given no validation data. '
                 f'Pass fit(train, val, ...), or watch "train_{self.name[4:]}".'
             )
-        expected = engine.stages.expected(validates=engine.validates)
-        of_collection = self.name.startswith(tuple(f"{name}_" for name in expected))
-        if expected and self.name not in expected and not of_collection:
-            raise self._missing(expected)
+        if not engine.stages.may_have(self.name, validates=engine.validates):
+            raise self._missing(engine.stages.expected(validates=engine.validates))
         if self.mode is None:
             higher = engine.stages.higher_is_better(self.name)
             if higher is None:

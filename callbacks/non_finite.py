@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from camshaft.engine import Callback, DataError, Engine, EpochEnd, GradientsReady, LossReady, StepEnd, every
+from camshaft.engine import Callback, DataError, Engine, EpochEnd, FitStart, GradientsReady, LossReady, StepEnd, every
 from camshaft.engine.errors import ConfigurationError, whole_number
 
 
@@ -41,11 +41,16 @@ class StopOnNonFinite(Callback):
     def attach(self, engine: Engine) -> None:
         """Look at each loss; read what was seen at its time."""
         super().attach(engine)
+        self._engine = engine
         if self.policy == "skip":
             engine.subscribe(GradientsReady, self._skip)
         else:
             engine.subscribe(StepEnd, self._read, when=every(self.every_steps))
             engine.subscribe(EpochEnd, self._read)
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Forget what an earlier run left unread."""
+        self._flags = {}
 
     def on_loss_ready(self, event: LossReady) -> None:
         """Raise the flag on the device if the loss is not finite."""
@@ -73,12 +78,18 @@ class StopOnNonFinite(Callback):
             event.engine.update.skip()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step at which the flag was read."""
-        return {"read_at": self._read_at}
+        """Return the flags that are still to be read, by optimizer, and the step at which they were read last."""
+        flags = {name: self._flags[part] for name, part in self._optimizers().items() if part in self._flags}
+        return {"read_at": self._read_at, "flags": flags}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._read_at = state["read_at"]
+        optimizers, device = self._optimizers(), self._engine.device
+        self._flags = {optimizers[name]: flag.to(device) for name, flag in state["flags"].items()}
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        return {name: part for name, part in self._engine.parts.items() if isinstance(part, Optimizer)}
 
     def __repr__(self) -> str:
         return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"

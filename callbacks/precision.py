@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitStart, StepEnd
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, StepEnd
 
 Precision = Literal["fp16", "bf16"]
 
@@ -31,7 +31,7 @@ class MixedPrecision(Callback):
             raise ConfigurationError(f'MixedPrecision does not know {precision!r}. Write "fp16" or "bf16".')
         self.precision = precision
         self._entered = False
-        self._device_type: str | None = None  # known from the first fit on; looked up at each forward before
+        self._device_type: str | None = None  # known within a fit; looked up at each forward otherwise
 
     def attach(self, engine: Engine) -> None:
         """Put autocast around every forward pass, in training and evaluation."""
@@ -56,6 +56,10 @@ class MixedPrecision(Callback):
             raise ConfigurationError(
                 f'{torch.cuda.get_device_name(device)} has no bf16. Write MixedPrecision("fp16"), or leave it out.'
             )
+
+    def on_fit_end(self, event: FitEnd) -> None:
+        """Look the device up again: the model may be moved between two fits."""
+        self._device_type = None
 
     def _check_first_step(self, event: StepEnd) -> None:
         """Refuse a step that does not enter the scope; looked at once."""

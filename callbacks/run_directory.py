@@ -74,8 +74,8 @@ class RunDirectory(Callback):
 
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Log a validation in mid-epoch, and write all of them; the others are in the epoch's line."""
-        plan, validations = event.engine.plan, event.engine.history.validations
-        if plan is not None and plan.validation_interval()[1] == "steps":
+        validations = event.engine.history.validations
+        if event.engine.in_mid_epoch:
             values = {name: value for name, value in validations[-1].items() if name not in ("epoch", "step")}
             epoch_logger.info("step %d  %s", event.engine.step, format_values(values))
             self._write_table("validations.csv", validations)

@@ -20,7 +20,8 @@ logger = logging.getLogger("camshaft")
 class TensorBoard(Callback):
     """Writes each epoch's ``train_*`` values and each validation's ``val_*`` values, over steps, as tensorboardX does.
 
-    Where validations stand in mid-epoch, the training values are those of the steps between them.
+    Where validations stand in mid-epoch, the training values are those of the steps between them; what an epoch has
+    behind its last validation is in the history alone.
 
     A failure to write warns once and ends the writing, not the training.
 

@@ -30,8 +30,8 @@ class WeightAverage(Callback):
     Args:
         kind: "ema" (exponential moving average) or "swa" (equal weights).
         decay: of the EMA, in (0, 1): each update keeps this share of the average.
-        every: updates between two contributions.
-        start: the update after which contributions begin.
+        every: updates of the model between two contributions.
+        start: the update of the model after which contributions begin.
         buffers: average buffers, too; batch-norm statistics then belong to the averaged weights roughly.
         batch_norm_data: batches with which batch-norm statistics are computed anew for the average when the run
             ends: exact, where ``buffers`` is rough.
@@ -67,6 +67,8 @@ class WeightAverage(Callback):
             check_data("WeightAverage's batch_norm_data", batch_norm_data)
         self.batch_norm_data = batch_norm_data
         self.load_at_end = load_at_end
+        self._num_updates = 0  # of the model: a run may update other modules, too
+        self._is_of_model: dict[torch.optim.Optimizer, bool] = {}
 
     needs_update = True
 
@@ -88,9 +90,16 @@ class WeightAverage(Callback):
             parts["weight_average"] = average.requires_grad_(False)
 
     def on_update_end(self, event: UpdateEnd) -> None:
-        """Take in the weights of this update."""
-        number = event.engine.num_updates
-        if number > self.start and (number - self.start) % self.every == 0:
+        """Take in the weights, if this was an update of the model."""
+        if event.optimizer not in self._is_of_model:
+            own = {id(parameter) for parameter in event.engine.parts["model"].parameters()}
+            held = (parameter for group in event.optimizer.param_groups for parameter in group["params"])
+            self._is_of_model[event.optimizer] = any(id(parameter) in own for parameter in held)
+        if not self._is_of_model[event.optimizer]:
+            return
+        self._num_updates += 1
+        number = self._num_updates - self.start
+        if number > 0 and number % self.every == 0:
             event.engine.parts["weight_average"].update_parameters(bare(event.engine.parts["model"]))
 
     def on_fit_end(self, event: FitEnd) -> None:
@@ -104,6 +113,14 @@ class WeightAverage(Callback):
                 _compute_statistics(engine, average.module, self.batch_norm_data)
         if self.load_at_end:
             bare(engine.parts["model"]).load_state_dict(average.module.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the model's updates; the average is a part of the run."""
+        return {"num_updates": self._num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._num_updates = state["num_updates"]
 
     @contextmanager
     def _swapped(self, engine: Engine) -> Iterator[None]:

@@ -144,6 +144,7 @@ class Engine(Run):
         resume: str | Path | None = None,
     ) -> Iterator[int]:
         """Run epochs in your own loop: ``for epoch in engine.epochs(20): ...``; yields the epoch's number."""
+        self.epoch_length = self.validation_length = None  # known once the data are seen
         return self._run(Plan(epochs, max_steps, min_epochs), resume)
 
     def train(self, data: Data) -> Iterator[Any]:
@@ -194,7 +195,7 @@ class Engine(Run):
             self.validated_step = self.step
             metrics = prefixed("val", record.compute())
             self.newest.update(metrics)
-            trained = {} if self._passed else prefixed("train", self.stages["train"].since_mark())
+            trained = prefixed("train", self.stages["train"].since_mark()) if self.in_mid_epoch else {}
             self.history.add_validation(self.epoch, self.step, trained | scalars(metrics))
             self.emit(ValidationEnd(self, metrics))
 

@@ -88,10 +88,11 @@ class History(Mapping[str, list[float]]):
             raise ConfigurationError(f'best has mode={mode!r}. {did_you_mean(str(mode), ["min", "max"])}'
                                      'Write "min" or "max".')  # fmt: skip
         rows = self.validations if name.startswith("val_") else self.rows
-        known = list(dict.fromkeys(key for row in (*self.rows, *self.validations) for key in row))
+        known = list(dict.fromkeys(key for row in rows for key in row))
         if name not in known:
             raise KeyError(
-                f'The history has no value "{name}". {did_you_mean(name, known)}Values: {", ".join(known)}.'
+                f'The history has no value "{name}" yet. {did_you_mean(name, known)}'
+                f"Values: {', '.join(known) or 'none'}."
             )
         candidates = [row for row in rows if not math.isnan(row.get(name, math.nan))]
         if not candidates:
@@ -144,9 +145,13 @@ class History(Mapping[str, list[float]]):
         # Validations between epochs have no place on an axis of epochs: then both are drawn over steps.
         ends = {row["step"] for row in self.rows}
         unit = "epoch" if all(row["step"] in ends for row in self.validations) else "step"
-        between = any(f"train_{name}" in row for row in self.validations)
+        between = [row for row in self.validations if f"train_{name}" in row]
+        told = {row["epoch"] for row in between}
+        train = sorted(
+            [*between, *(row for row in self.rows if row["epoch"] not in told)], key=lambda row: row["step"]
+        )
         for stage, rows, colour in (
-            ("train", self.validations if between else self.rows, "tab:blue"),
+            ("train", train, "tab:blue"),
             ("val", self.validations, "tab:orange"),
         ):
             points = [(row[unit], row[f"{stage}_{name}"]) for row in rows if f"{stage}_{name}" in row]

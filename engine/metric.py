@@ -59,13 +59,14 @@ class ComputedMetric:
                 self.metric.update(output, target)
             else:
                 self.metric.update(self.metric._output_transform((output, target)))
-        except Exception as error:
+        except (AttributeError, KeyError, TypeError) as error:  # what taking a dict for a tensor leads to
             if not isinstance(output, Mapping):
                 raise
             raise DataError(
                 f"The metric {self.name!r} was given the model's output, a dict with keys "
-                f"{', '.join(map(str, output))}. Let it take one: by torchmetrics.wrappers.LambdaInputTransformer, "
-                "output_transform= of an ignite metric, or engine.measure(output[...], target) in your own step."
+                f"{', '.join(map(str, output))}, and could not use it ({error}). Let it take one: by "
+                "torchmetrics.wrappers.LambdaInputTransformer, output_transform= of an ignite metric, or "
+                "engine.measure(output[...], target) in your own step."
             ) from error
         self._updated = True
 
@@ -86,31 +87,10 @@ class ComputedMetric:
             return {}
         name, value = self.name, self.metric.compute()
         if isinstance(name, tuple):
-            return {key: self._pick(value, key) for key in name}
+            return {key: _as_value(key, _pick(value, key)) for key in name}
         if isinstance(value, Mapping):
-            return {f"{name}_{key}": item for key, item in value.items()}
-        if not isinstance(value, Tensor | int | float):
-            try:
-                value = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise ConfigurationError(
-                    f'The metric "{name}" gave {value!r}, which is neither a number nor a tensor. '
-                    "Compute it by yourself, from what predict returns."
-                ) from None
-        return {name: value}
-
-    @staticmethod
-    def _pick(values: Any, key: str) -> Any:
-        if not isinstance(values, Mapping):
-            raise ConfigurationError(
-                f'The metric of which "{key}" was wanted has a single value. Name it by a string, not a tuple.'
-            )
-        if key not in values:
-            raise ConfigurationError(
-                f'"{key}" is not among the values of the metric: {", ".join(map(str, values))}. '
-                f"{did_you_mean(key, map(str, values))}Name some of those."
-            )
-        return values[key]
+            return {f"{name}_{key}": _as_value(f"{name}_{key}", item) for key, item in value.items()}
+        return {name: _as_value(name, value)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the batches so far have left in the metric."""
@@ -146,6 +126,32 @@ class ComputedMetric:
 Metric = FunctionMetric | ComputedMetric
 
 
+def _pick(values: Any, key: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(
+            f'The metric of which "{key}" was wanted has a single value. Name it by a string, not a tuple.'
+        )
+    if key not in values:
+        raise ConfigurationError(
+            f'"{key}" is not among the values of the metric: {", ".join(map(str, values))}. '
+            f"{did_you_mean(key, map(str, values))}Name some of those."
+        )
+    return values[key]
+
+
+def _as_value(name: str, value: Any) -> Any:
+    """Return a number or a tensor, or refuse what is neither."""
+    if isinstance(value, Tensor | int | float):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigurationError(
+            f'The metric "{name}" gave {value!r}, which is neither a number nor a tensor. '
+            "Compute it by yourself, from what predict returns."
+        ) from None
+
+
 def as_metrics(metrics: object) -> dict[str, Metric]:
     """Return ``{name: metric}`` with each metric in the shape the engine uses.
 
@@ -157,6 +163,8 @@ def as_metrics(metrics: object) -> dict[str, Metric]:
     items: Mapping[MetricName, Any] = metrics  # type: ignore[assignment]  # a MetricCollection has items() as well
     found: dict[str, Metric] = {}
     for name, metric in items.items():
+        if not all(isinstance(part, str) for part in names_of(name)):
+            raise ConfigurationError(f'A metric is named {name!r}. Name it by a string: {{"acc": ...}}.')
         key = ", ".join(names_of(name))
         if key in found:
             raise ConfigurationError(f'Two metrics are named "{key}". Give one of them another name.')
@@ -175,7 +183,9 @@ def as_metric(name: MetricName, metric: Any) -> Metric:
         raise ConfigurationError(f"The metric {name!r} is the class {metric.__name__}. Did you forget ()?")
     if _comes_from("torchmetrics", metric) or _comes_from("ignite.metrics", metric):
         return ComputedMetric(name, metric)
-    if callable(metric) and can_take(metric, 2) and isinstance(name, str):
+    if callable(metric) and can_take(metric, 2):
+        if isinstance(name, tuple):
+            raise ConfigurationError(f"The metric {name!r} is a function, which has one value. Name it by a string.")
         return metric  # type: ignore[no-any-return]  # its arguments show at the first call
     raise ConfigurationError(
         f"The metric {name!r} is {metric!r}, which cannot be computed. "

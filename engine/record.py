@@ -79,7 +79,7 @@ class Record:
         self.functions: dict[str, FunctionMetric] = {}
         self._arriving: _Arriving | None = None
         self._arrived: dict[str, float] = {}
-        self._mark: dict[str, tuple[float | Tensor, float]] = {}  # the sums and counts at the last mark
+        self._earlier: dict[str, tuple[float | Tensor, float]] = {}  # sums and counts up to the last mark
         for name, metric in (metrics or {}).items():
             if isinstance(metric, ComputedMetric):
                 self.computed[name] = metric.fresh()
@@ -89,7 +89,7 @@ class Record:
     def reset(self) -> None:
         """Start the stage anew."""
         self.meters.clear()
-        self._mark.clear()
+        self._earlier.clear()
         self._arriving, self._arrived = None, {}
         for metric in self.computed.values():
             metric.reset()
@@ -129,32 +129,39 @@ class Record:
 
         A metric that is no scalar (a confusion matrix, per-class values) comes as a tensor on the CPU.
         """
-        values: dict[str, Any] = {name: meter.sum for name, meter in self.meters.items()}
+        totals = {name: self._total(name) for name in self.meters}
+        values: dict[str, Any] = {name: total for name, (total, _) in totals.items()}
         for name, metric in self.computed.items():
             computed = metric.compute()
             if taken := values.keys() & computed.keys():
                 raise DataError(f'The metric "{name}" gives {sorted(taken)}, which is taken. Give it another name.')
             values |= computed
         values = _to_host(values)
-        return {
-            name: value / self.meters[name].count if name in self.meters else value for name, value in values.items()
-        }
+        return {name: value / totals[name][1] if name in totals else value for name, value in values.items()}
 
     def since_mark(self) -> dict[str, float]:
         """Return the averages of what was added since the last call, in one transfer, and set the mark anew."""
-        sums: dict[str, float | Tensor] = {}
-        counts: dict[str, float] = {}
-        for name, meter in self.meters.items():
-            total, count = self._mark.get(name, (0.0, 0))
-            if meter.count > count:
-                sums[name], counts[name] = meter.sum - total, meter.count - count
-            self._mark[name] = (meter.sum.clone() if isinstance(meter.sum, Tensor) else meter.sum, meter.count)
-        return {name: value / counts[name] for name, value in _to_host(sums).items()}
+        added = {name: meter for name, meter in self.meters.items() if meter.count}
+        averages = {name: s / added[name].count for name, s in _to_host({n: m.sum for n, m in added.items()}).items()}
+        for name, meter in added.items():
+            self._earlier[name] = self._total(name)
+            newest = meter.val
+            meter.reset()  # so that a NaN of this stretch is not one of the next
+            meter.val = newest
+        return averages
+
+    def _total(self, name: str) -> tuple[float | Tensor, float]:
+        """Return the sum and the count of a value since the stage began."""
+        meter = self.meters[name]
+        if name not in self._earlier:
+            return meter.sum, meter.count
+        total, count = self._earlier[name]
+        return total + meter.sum, count + meter.count
 
     def state_dict(self) -> dict[str, Any]:
         """Return the open averages and metrics."""
         return {
-            "mark": dict(self._mark),
+            "earlier": dict(self._earlier),
             "meters": {name: [meter.val, meter.sum, meter.count] for name, meter in self.meters.items()},
             "metrics": {name: metric.state_dict() for name, metric in self.computed.items()},
         }
@@ -166,7 +173,7 @@ class Record:
             meter = self.meters[name] = AverageMeter()
             meter.val, meter.sum = tree_map(lambda tensor: tensor.to(device), (val, total))
             meter.count = count
-        self._mark = tree_map(lambda tensor: tensor.to(device), dict(state["mark"]))
+        self._earlier = tree_map(lambda tensor: tensor.to(device), dict(state["earlier"]))
         for name, metric in self.computed.items():
             if name in state["metrics"]:
                 metric.load_state_dict(state["metrics"][name], device)
@@ -178,7 +185,7 @@ class Record:
         whose copy is done.
         """
         if self._arriving is None:
-            self._arriving = _Arriving(self.meters)
+            self._arriving = _Arriving({name: self._total(name) for name in self.meters})
         if self._arriving.done():
             self._arrived = self._arriving.averages()
             self._arriving = None
@@ -188,12 +195,11 @@ class Record:
 class _Arriving:
     """Averages on their way to the host."""
 
-    def __init__(self, meters: Mapping[str, AverageMeter]) -> None:
-        self._counts = {name: meter.count for name, meter in meters.items()}
+    def __init__(self, totals: Mapping[str, tuple[float | Tensor, float]]) -> None:
+        self._counts = {name: count for name, (_, count) in totals.items()}
         self._sums: dict[str, float | Tensor] = {}
         self._event: torch.cuda.Event | None = None
-        for name, meter in meters.items():
-            value = meter.sum
+        for name, (value, _) in totals.items():
             if isinstance(value, Tensor) and value.is_cuda:
                 pinned = torch.empty((), dtype=value.dtype, pin_memory=True)
                 value = pinned.copy_(value, non_blocking=True)

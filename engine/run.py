@@ -253,23 +253,31 @@ class Run(Announcer):
         for module, mode in self._modes.items():
             module.training = mode
 
-    def planned(self, unit: Literal["update", "epoch"]) -> int | None:
-        """Return how many updates or epochs this run is to make if nothing stops it; None where that is unknown."""
+    def planned(self, unit: Literal["update", "step", "epoch"]) -> int | None:
+        """Return how many of these the run is to make if nothing stops it; None where that is unknown.
+
+        Of updates, one is counted for each step, or for each window of `Accumulate`.
+        """
         plan, length = self._require_run("planned"), self.epoch_length
         if unit == "epoch":
             return plan.num_epochs(length)
         steps, window = plan.num_steps(length), self.update.window_batches
-        if steps is None or self.update.window_samples is not None:
+        if steps is None or unit == "step":
+            return steps
+        if self.update.window_samples is not None:
             return None
-        if length is None:
-            return -(-steps // window)
-        whole, rest = divmod(steps, length)  # a window ends with its epoch
-        return whole * -(-length // window) + -(-rest // window)
+        whole, rest = divmod(steps, length or steps or 1)  # a window ends with its epoch
+        return whole * -(-(length or steps) // window) + -(-rest // window)
 
     @property
     def epoch_step(self) -> int:
         """The number of the present step within its epoch."""
         return self.step - self.step_before_epoch
+
+    @property
+    def in_mid_epoch(self) -> bool:
+        """Whether the epoch's training data are not through yet."""
+        return not self._passed
 
     @property
     def training(self) -> bool:
@@ -285,7 +293,7 @@ class Run(Announcer):
             ConfigurationError: if there is neither, or it cannot be written.
         """
         if wanted is None and self.directory is None:
-            raise ConfigurationError(f"{owner} has nowhere to write. Pass {owner}(directory), or add RunDirectory().")
+            raise ConfigurationError(f"{owner} has nowhere to write. Pass it a directory, or add RunDirectory().")
         directory = Path(wanted) if wanted is not None else Path(str(self.directory), within)
         ensure_writable(directory, owner)
         return directory

@@ -64,6 +64,13 @@ class Stages:
         measured = {stage: [n for key, m in self._measured(stage).items() for n in _names(key, m)] for stage in stages}
         return [f"{stage}_{name}" for stage in stages for name in (*self.directions, *measured[stage])]
 
+    def may_have(self, name: str, *, validates: bool | None) -> bool:
+        """Return whether a run may have a value of this name, as far as can be known beforehand."""
+        expected = self.expected(validates=validates)
+        stage, _, short = name.partition("_")
+        collections = [key for key, metric in self._measured(stage).items() if isinstance(metric, ComputedMetric)]
+        return not expected or name in expected or short.startswith(tuple(f"{key}_" for key in collections))
+
     def higher_is_better(self, name: str) -> bool | None:
         """Return whether more of a value such as ``val_acc`` is better; None where nothing says so."""
         name = name.partition("_")[2]

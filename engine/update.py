@@ -36,8 +36,8 @@ class Update:
     loss (a mean over its samples) counts by its number of samples, also in a window that the end of an epoch
     cuts short. Windows never reach over an epoch's end.
 
-    A step with several optimizers names the one that a loss is for. Each has a window and a loss scaler of its own,
-    and a loss leaves gradients in nothing but what its optimizer holds.
+    A step with several optimizers names the one that a loss is for. Each has a window and a loss scaler of its own.
+    In a run with several, a loss leaves gradients in nothing but what its optimizer holds.
 
     Attributes:
         window_batches: micro-batches per update.
@@ -53,6 +53,7 @@ class Update:
         self.window_batches = 1
         self.window_samples: int | None = None
         self._skips = False
+        self._several = False  # whether the run has several optimizers
         self._windows = {MAIN: _Window(MAIN)}
 
     @property
@@ -104,7 +105,7 @@ class Update:
             window.part += num_samples
             complete = whole is None or window.part >= whole
         (loss if window.scaler is None else window.scaler.scale(loss)).backward(
-            inputs=None if optimizer is None else [p for p in self._parameters(window) if p.requires_grad]
+            inputs=self._learning(window) if self._several else None
         )
         if complete:
             window.part = 0.0
@@ -113,7 +114,8 @@ class Update:
                 self._apply(window)
 
     def reset(self) -> None:
-        """Forget the windows that an earlier run left open, with their gradients."""
+        """Begin a run: forget the windows that an earlier one left open, with their gradients."""
+        self._several = len(self._optimizers()) > 1
         for window in self._windows.values():
             if window.batches or window.part:
                 self._optimizer(window).zero_grad()
@@ -124,6 +126,10 @@ class Update:
         for window in self._windows.values():
             if window.batches:
                 self._apply(window)
+
+    def num_made(self, optimizer: str) -> int:
+        """Return how often an optimizer was due to step, since it was first named."""
+        return self._windows[optimizer].num_made if optimizer in self._windows else 0
 
     def skip(self) -> None:
         """Leave out the update that is about to be made; for handlers of GradientsReady."""
@@ -147,7 +153,7 @@ class Update:
             window.batches, window.samples, window.nominal = saved["window"]
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
                 for parameter, grad in zip(self._parameters(window), saved["grads"], strict=True):
-                    parameter.grad = None if grad is None else grad.to(parameter.device)
+                    parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
             if window.scaler is not None and saved["scaler"] is not None:
                 window.scaler.load_state_dict(saved["scaler"])
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
@@ -166,12 +172,18 @@ class Update:
 
     def _apply(self, window: _Window) -> None:
         engine, scaler, optimizer = self._engine, window.scaler, self._optimizer(window)
+        if self._several and all(parameter.grad is None for parameter in self._parameters(window)):
+            raise DataError(
+                f'The loss of step {engine.step} gave no gradient to anything that "{window.name}" holds. '
+                "Name the optimizer that the loss is for: engine.update(loss, optimizer=...)."
+            )
         if scaler is not None:
             scaler.unscale_(optimizer)
         if window.samples != window.nominal:
             grads = [parameter.grad for parameter in self._parameters(window) if parameter.grad is not None]
             torch._foreach_mul_(grads, window.nominal / window.samples)
         window.clear()
+        window.num_made += 1
         engine.num_updates += 1
         if engine.num_updates >= self._gradients_ready.due:
             self._gradients_ready.emit(GradientsReady(engine, optimizer), engine.num_updates)
@@ -209,6 +221,18 @@ class Update:
     def _parameters(self, window: _Window) -> list[torch.nn.Parameter]:
         return [parameter for group in self._optimizer(window).param_groups for parameter in group["params"]]
 
+    def _learning(self, window: _Window) -> list[torch.nn.Parameter]:
+        learning = [parameter for parameter in self._parameters(window) if parameter.requires_grad]
+        if not learning:
+            raise DataError(
+                f'No parameter that the optimizer "{window.name}" holds is trainable. '
+                "Set requires_grad = True on those that should learn."
+            )
+        return learning
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {name: part for name, part in self._engine.parts.items() if isinstance(part, torch.optim.Optimizer)}
+
     def _optimizer(self, window: _Window) -> torch.optim.Optimizer:
         optimizer = self._engine.parts.get(window.name)
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -216,31 +240,34 @@ class Update:
         raise self._no_optimizer(window.name)
 
     def _no_optimizer(self, name: object) -> EngineStateError:
-        parts = self._engine.parts
-        optimizers = [other for other, part in parts.items() if isinstance(part, torch.optim.Optimizer)]
-        meant = next((other for other in optimizers if parts[other] is name), None)
-        if meant is not None:
+        optimizers = self._optimizers()
+        parts = ", ".join(self._engine.parts)
+        if not isinstance(name, str):
+            meant = next((other for other, part in optimizers.items() if part is name), "its_name")
             return EngineStateError(
-                f'engine.update was given an optimizer, where it takes the name of one. Write optimizer="{meant}".'
+                f"engine.update was given an object of type {type(name).__name__}, but it takes the name of a part; "
+                f'the parts are: {parts}. Write optimizer="{meant}".'
             )
         instead = "Write Engine(step, model=model, optimizer=optimizer)."
         if optimizers:
-            guess = did_you_mean(str(name), optimizers)
-            instead = f'{guess}Write engine.update(loss, optimizer="{optimizers[0]}"), or name the part optimizer.'
+            guess = did_you_mean(name, optimizers)
+            instead = (
+                f'{guess}Write engine.update(loss, optimizer="{next(iter(optimizers))}"), or name the part optimizer.'
+            )
         return EngineStateError(
-            f"engine.update needs an optimizer as the part named {name}, but the parts are: {', '.join(parts)}. "
-            f"{instead}"
+            f"engine.update needs an optimizer as the part named {name}, but the parts are: {parts}. {instead}"
         )
 
 
 class _Window:
     """What has come together for one optimizer since its last update."""
 
-    __slots__ = ("batches", "name", "nominal", "part", "samples", "scaler")
+    __slots__ = ("batches", "name", "nominal", "num_made", "part", "samples", "scaler")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.scaler: torch.amp.GradScaler | None = None
+        self.num_made = 0
         self.clear()
 
     def clear(self) -> None:

@@ -100,16 +100,20 @@ def test_what_is_no_module_of_the_run_is_refused_with_a_guess() -> None:
         Engine(callbacks=[Compile()])
 
 
-@pytest.mark.parametrize("way", ["in place", "wrapped", "twice"])
-def test_a_model_that_is_compiled_already_is_refused(way: str) -> None:
-    model: Any = net()
-    if way == "in place":
-        model.compile(backend="eager")
-    if way == "wrapped":
-        model = torch.compile(model, backend="eager")
-    handlers = [Compile(backend="eager") for _ in range(2 if way == "twice" else 1)]
-    with pytest.raises(ConfigurationError, match=r'"model" is compiled already\. Leave one of the two out'):
-        make_trainer(*handlers, model=model)
+def test_a_model_that_is_wrapped_already_is_refused() -> None:
+    model: Any = torch.compile(net(), backend="eager")
+    with pytest.raises(ConfigurationError, match=r'"model" was compiled by torch\.compile\(model\)\. Leave one'):
+        make_trainer(Compile(backend="eager"), model=model)
+
+
+def test_a_second_trainer_may_compile_the_same_model() -> None:
+    """A notebook's cell runs twice; a refused handler has compiled nothing."""
+    model = net()
+    with pytest.raises(ConfigurationError, match='compile "modle"'):
+        make_trainer(Compile("model", "modle", backend="eager"), model=model)
+    assert model._compiled_call_impl is None
+    for _ in range(2):
+        make_trainer(Compile(backend="eager"), model=model).fit(TRAIN, epochs=1)
 
 
 @pytest.mark.parametrize("options", [{"backend": "inductr"}, {"speed": "high"}, {"mode": "fastest"}])
@@ -139,7 +143,7 @@ def test_a_machine_without_a_compiler_is_told_before_step_1() -> None:
     assert shutil.which("g++")  # there is one here: the path is what hides it
     run = run_python(NO_COMPILER, Path(__file__).parent)
     assert run.stdout == "0\n"
-    assert "Compile cannot work here: there is no C++ compiler (g++, clang++, c++, cl). Install g++" in run.stderr
+    assert "Compile cannot work here: there is no C++ compiler g++. Install g++" in run.stderr
 
 
 @pytest.mark.gpu

@@ -71,6 +71,36 @@ def test_training_averages_of_a_validation_begin_anew_with_the_epoch() -> None:
     assert [row["train_loss"] for row in history.validations] == [5 / 3, 4.0, (25 + 36) / 11]
 
 
+def test_a_nan_is_told_of_its_own_stretch_and_of_the_epoch() -> None:
+    history = by_steps({2: math.nan}, steps=6, every=2).history
+    assert [row["train_loss"] for row in history.validations] == [
+        pytest.approx(math.nan, nan_ok=True),
+        25 / 7,
+        61 / 11,
+    ]
+    assert math.isnan(history["train_loss"][0])
+
+
+def test_the_bar_sees_the_whole_epoch_however_often_it_is_validated() -> None:
+    seen: list[float] = []
+
+    def step(engine: Engine, batch: float) -> None:
+        engine.record(loss=batch, weight=1)
+        if engine.training:
+            seen.append(engine.peek()["train_loss"])
+
+    Engine(step).fit([1.0, 3.0, 8.0], [0.0], epochs=1, validate_every="1 steps")
+    assert seen == [1.0, 2.0, 4.0]
+
+
+def test_epochs_without_validations_between_keep_their_points_beside_those_that_have() -> None:
+    engine = Engine(lambda engine, batch: engine.record(loss=1.0, weight=1))
+    engine.fit([1, 2], [0], epochs=2)
+    engine.fit([1, 2, 3, 4], [0], epochs=1, validate_every="2 steps")
+    (axes,) = engine.history.plot("loss").axes
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 4, 6, 8]
+
+
 def test_values_recorded_once_in_a_while_are_left_out_where_there_are_none() -> None:
     def step(engine: Engine, batch: int) -> None:
         engine.record(weight=1, **({"rare": 1.0} if engine.step == 1 else {}))
@@ -101,7 +131,9 @@ def test_what_has_no_best_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigurationError, match=r'mode=\'minimum\'\. Did you mean "min"\?'):
         history().best("val_loss", mode="minimum")  # type: ignore[arg-type]  # the mistake
     made = History()
-    made.add_validation(1, 1, {"val_loss": math.nan})
+    made.add_validation(1, 1, {"val_loss": math.nan, "train_loss": 0.5})
+    with pytest.raises(KeyError, match=r'no value "train_loss" yet\. Values: none'):
+        made.best("train_loss", mode="min")
     with pytest.raises(KeyError, match="has never been a number"):
         made.best("val_loss", mode="min")
 

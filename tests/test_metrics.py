@@ -391,7 +391,8 @@ def test_a_tuple_of_names_takes_these_of_many_values() -> None:
     [
         ({("makro",): several()}, r'"makro" is not among .*: macro, micro, weighted\. Did you mean "macro"\?'),
         ({("acc",): MulticlassAccuracy(3)}, r'"acc" was wanted has a single value\. Name it by a string'),
-        ({("acc",): accuracy}, "cannot be computed"),
+        ({("acc",): accuracy}, "is a function, which has one value. Name it by a string"),
+        ({1: accuracy}, "A metric is named 1. Name it by a string"),
         ({("micro", "loss"): several()}, 'Two metrics are named "loss"'),
         ({"micro": accuracy, ("micro",): several()}, 'Two metrics are named "micro"'),
     ],
@@ -471,3 +472,20 @@ def test_metrics_on_cuda_are_those_of_the_cpu(house: str) -> None:
     expected = by_hand(VAL)
     for name in metrics:
         assert history[f"val_{name}"] == [pytest.approx(expected[name.removesuffix("_again")], abs=1e-5)]
+
+
+def test_an_error_in_a_metric_that_takes_its_part_is_its_own() -> None:
+    """It is not blamed on the dict: here the metric knows too few classes."""
+    metric = LambdaInputTransformer(MulticlassAccuracy(2), transform_pred=itemgetter("logits"))
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        split_trainer({"acc": metric}).fit(TRAIN, epochs=1)
+    assert not isinstance(caught.value, DataError)
+
+
+def test_a_name_beside_those_of_a_tuple_is_refused_before_the_first_step() -> None:
+    """What a metric of such names gives is known; only a collection under one name may give more."""
+    trainer = make_trainer(EarlyStopping("val_macro_2", mode="max"), metrics={("macro", "micro"): several()})
+    with pytest.raises(ConfigurationError, match=r'"val_macro_2", but the values are: .*Did you mean "val_macro"\?'):
+        trainer.fit(TRAIN, VAL, epochs=1)
+    assert trainer.step == 0
+    make_trainer(EarlyStopping("val_m_macro", mode="max"), metrics={"m": several()}).fit(TRAIN, VAL, epochs=1)

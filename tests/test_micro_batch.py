@@ -57,6 +57,31 @@ def test_halved_batches_give_the_weights_and_averages_of_whole_ones(
     assert [record.args for record in caplog.records] == [(1, 2), (1, 4)]
 
 
+def test_an_open_window_survives_two_failed_tries_of_which_one_had_begun_to_learn() -> None:
+    """The second batch fails as a whole, and then in the second of its two parts, behind the first one's backward."""
+
+    class Late(nn.Linear):
+        calls = 0
+        fails: tuple[int, ...] = ()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls in self.fails:
+                raise torch.OutOfMemoryError("no more")
+            return super().forward(inputs)
+
+    weights = []
+    for fails in ((2, 4), ()):
+        torch.manual_seed(1)
+        model = Late(3, 2).double()
+        model.fails = fails
+        callbacks: list[Callback] = [MicroBatch(), Accumulate(2)]
+        trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.MSELoss(), callbacks=callbacks)
+        trainer.fit([(x.double(), y.double()) for x, y in data()[:2]], epochs=1)
+        weights.append(model.weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], atol=1e-12)
+
+
 def test_it_goes_on_in_as_many_parts_and_updates_once_a_batch() -> None:
     handler = MicroBatch()
     updates: list[int] = []

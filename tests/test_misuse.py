@@ -196,7 +196,7 @@ SETTINGS: list[Case] = [
     (ProgressBar, {"line_seconds": -1}, "every_seconds(-1)"),
     (Schedule, {"scheduler": StepLR}, "StepLR'>, which is no scheduler"),
     (Schedule, {"scheduler": "cosine"}, "'cosine', which is no scheduler"),
-    (Schedule, {"scheduler": lambda optimizer: StepLR(optimizer, 1), "per": "step"}, "per='step'"),
+    (Schedule, {"scheduler": lambda optimizer: StepLR(optimizer, 1), "per": "batch"}, "per='batch'"),
     (warmup_cosine, {"optimizer": None, "warmup": -1, "total": 10}, "warmup is -1"),
     (warmup_cosine, {"optimizer": None, "warmup": 10, "total": 10}, "leaves nothing of total=10"),
     (WeightAverage, {"kind": "mean"}, "does not know 'mean'"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from helpers import Batch, class_batches, linear, make_trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from camshaft.callbacks import Accumulate, ClipGradients, Penalty, StopOnNonFinite
+from camshaft.callbacks import Accumulate, ClipGradients, Penalty, RunCheckpoint, StopOnNonFinite
 from camshaft.engine import ConfigurationError, DataError, Engine, LossReady, StepEnd, Trainer, UpdateEnd, at
 
 
@@ -204,3 +206,29 @@ def test_the_class_instead_of_an_instance_is_refused() -> None:
         ConfigurationError, match=r"the class StopOnNonFinite, not an instance\. Did you forget \(\)\?"
     ):
         make_trainer(StopOnNonFinite)  # type: ignore[arg-type]  # the mistake
+
+
+def test_a_bad_batch_of_an_open_window_is_remembered_on_resume(tmp_path: Path) -> None:
+    """Batch 1 of a window of three is NaN; the run is cut behind batch 2, and the update is left out all the same."""
+    data = class_batches(8, 8, 8, 8, 8, 8)
+    data[0] = (data[0][0] * math.nan, data[0][1])
+
+    def run(stop: int | None, resume: str | None) -> Trainer:
+        trainer = make_trainer(StopOnNonFinite("skip"), Accumulate(3), RunCheckpoint(tmp_path))
+        trainer.subscribe(StepEnd, lambda event: trainer.interrupt(signal.SIGTERM) if trainer.step == stop else None)
+        trainer.fit(data, epochs=1, resume=resume)
+        return trainer
+
+    run(2, None)
+    resumed = run(None, "auto")
+    assert (resumed.num_updates, resumed.num_skipped_updates) == (1, 1)
+    assert all(parameter.isfinite().all() for parameter in resumed.model.parameters())
+
+
+def test_a_run_that_was_cut_leaves_no_flag_to_the_next() -> None:
+    data = class_batches(8, 8, 8)
+    trainer = make_trainer(StopOnNonFinite("skip"), Accumulate(3))
+    trainer.subscribe(StepEnd, lambda event: trainer.interrupt(signal.SIGTERM) if trainer.step == 1 else None)
+    trainer.fit([(inputs * math.nan, target) for inputs, target in data], epochs=1)
+    trainer.fit(data, epochs=1)
+    assert (trainer.num_updates, trainer.num_skipped_updates) == (1, 0)

@@ -252,7 +252,7 @@ def test_class_names_that_are_too_few_do_not_cost_the_run(tmp_path: Path, caplog
 def test_without_anywhere_to_draw_it_is_refused_before_step_1() -> None:
     """The message says both ways out."""
     trainer = make_trainer(Report())
-    with pytest.raises(ConfigurationError, match=r"Pass Report\(directory\), or add RunDirectory\(\)"):
+    with pytest.raises(ConfigurationError, match=r"Pass it a directory, or add RunDirectory\(\)"):
         trainer.fit(TRAIN, epochs=1)
     assert trainer.step == 0
 

@@ -403,3 +403,22 @@ def test_logging_does_not_change_the_weights(tmp_path: Path) -> None:
             trainer.fit(TRAIN, VAL, epochs=2)
     for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_validations_in_mid_epoch_have_a_table_and_a_line_each(tmp_path: Path) -> None:
+    """In each style; validations behind an epoch are in its row and line."""
+    data, val = class_batches(8, 8, 8, 8), class_batches(8)
+    run = RunDirectory(tmp_path, terminal=False)
+    engine = Engine(callbacks=[run])
+    for _ in engine.epochs(1):
+        for _ in engine.train(data):
+            engine.record(loss=float(engine.step))
+            if engine.step % 2 == 0:
+                for _ in engine.validate(val):
+                    engine.record(loss=9.0)
+    table = (run.path / "validations.csv").read_text()
+    assert table == "epoch,step,train_loss,val_loss\n1,2,1.5,9.0\n1,4,3.5,9.0\n"
+    assert "step 2  train_loss 1.5000  val_loss 9.0000" in (run.path / "log.log").read_text()
+    plain = RunDirectory(tmp_path, terminal=False)
+    make_trainer(plain).fit(data, val, epochs=1)
+    assert not (plain.path / "validations.csv").exists()

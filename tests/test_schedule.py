@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from camshaft.callbacks import Accumulate, RunCheckpoint, Schedule, StopOnNonFinite, warmup_cosine
-from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, StepEnd, Trainer, repeat
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, LossReady, StepEnd, Trainer, repeat
 
 MakeScheduler = Callable[..., LRScheduler]
 
@@ -191,7 +192,7 @@ def test_a_warmup_may_be_a_share_of_the_whole_or_nothing() -> None:
         assert rates[-2:] == [0.0, 0.0]
 
 
-def spans(pace: Literal["update", "epoch"], fit: dict[str, Any], *others: Callback, **data: Any) -> list[int]:
+def spans(pace: Literal["update", "step", "epoch"], fit: dict[str, Any], *others: Callback, **data: Any) -> list[int]:
     """The totals with which a schedule over the whole run was made, one for each of two fits."""
     totals: list[int] = []
 
@@ -200,8 +201,12 @@ def spans(pace: Literal["update", "epoch"], fit: dict[str, Any], *others: Callba
         return CosineAnnealingLR(optimizer, T_max=total)
 
     trainer = schedule_trainer(make, *others, per=pace)
+    rates = learning_rates(trainer)
     for _ in range(2):
         trainer.fit(data.get("train") or class_batches(*[8] * 7), **fit)
+    assert rates[: len(rates) // 2] == rates[len(rates) // 2 :]  # the second fit begins where the first began
+    if pace == "update":
+        assert trainer.num_updates == sum(totals)
     return totals
 
 
@@ -216,10 +221,12 @@ def spans(pace: Literal["update", "epoch"], fit: dict[str, Any], *others: Callba
         ("update", {"epochs": 2, "epoch_length": 5}, [], 10),
         ("epoch", {"epochs": 3}, [], 3),
         ("epoch", {"max_steps": 10}, [], 2),
+        ("step", {"epochs": 3}, [Accumulate(3)], 21),
+        ("step", {"max_steps": 10}, [], 10),
     ],
 )
 def test_a_function_of_the_total_is_told_how_far_the_run_goes(
-    pace: Literal["update", "epoch"], fit: dict[str, Any], others: list[Accumulate], total: int
+    pace: Literal["update", "step", "epoch"], fit: dict[str, Any], others: list[Accumulate], total: int
 ) -> None:
     """The data have seven batches; each fit is told anew, and the run makes as many updates as was said."""
     copies = [Accumulate(other.batches) for other in others]
@@ -285,6 +292,104 @@ def test_each_optimizer_may_have_a_schedule_of_its_own() -> None:
     assert {"fast_scheduler", "slow_scheduler"} < engine.parts.keys()
 
 
+def alternating(*callbacks: Callback, every: int = 3) -> Engine:
+    """Two optimizers, of which the slow one is due in every third step only."""
+    body, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    slow, fast = (torch.optim.SGD(module.parameters(), lr=1.0) for module in (body, head))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = nn.functional.cross_entropy(head(body(batch[0])), batch[1])
+        engine.update(loss, optimizer="slow" if engine.step % every == 0 else "fast")
+
+    return Engine(step, body=body, head=head, slow=slow, fast=fast, callbacks=callbacks)
+
+
+def test_a_schedule_per_step_ends_with_the_run_however_often_its_optimizer_is_due() -> None:
+    """And torch, which expects the optimizer to be first, has nothing to warn of."""
+    engine = alternating(Schedule(warmup_cosine, per="step", optimizer="slow"))
+    rates: list[float] = []
+    engine.subscribe(StepEnd, lambda event: rates.append(engine.parts["slow"].param_groups[0]["lr"]))
+    engine.fit(class_batches(*[8] * 10), epochs=2)
+    assert max(rates) == 1.0
+    assert rates[-1] < 0.01 < rates[-4]
+    assert engine.parts["slow"].param_groups[0]["lr"] == 0
+
+
+def test_a_total_of_updates_that_the_optimizer_does_not_make_is_told_after_the_first_epoch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alternating(Schedule(warmup_cosine, per="update", optimizer="slow")).fit(class_batches(*[8] * 10), epochs=2)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert 'counts on 10 updates of "slow" in an epoch of 10 steps, and there were 3' in told[0]
+
+
+def test_a_schedule_whose_optimizer_is_never_due_is_refused_after_the_first_epoch() -> None:
+    engine = alternating(Schedule(halve(), per="update", optimizer="slow"), every=100)
+    with pytest.raises(ConfigurationError, match=r'no update was for "slow"\. Write engine\.update\(loss, optimizer='):
+        engine.fit(class_batches(8, 8), epochs=2)
+
+
+def test_what_was_made_for_a_total_and_cannot_be_stretched_is_refused_on_resume(tmp_path: Path) -> None:
+    def trainer() -> Trainer:
+        def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> LRScheduler:
+            return OneCycleLR(optimizer, 0.1, total)
+
+        return schedule_trainer(one_cycle, RunCheckpoint(tmp_path), per="update")
+
+    trainer().fit(class_batches(8, 8), epochs=2, resume="auto")
+    with pytest.raises(ConfigurationError, match=r"OneCycleLR was made for a total of 4 updates, .* to make 6\. Ask"):
+        trainer().fit(class_batches(8, 8), epochs=3, resume="auto")
+
+
+def test_a_plateau_has_no_use_for_a_total() -> None:
+    trainer = schedule_trainer(lambda optimizer, total: ReduceLROnPlateau(optimizer))
+    with pytest.raises(ConfigurationError, match="ReduceLROnPlateau has no use for a total"):
+        trainer.fit(class_batches(8), epochs=1)
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("make", [lambda: None, lambda a, b, c: None])
+def test_a_function_of_no_or_three_arguments_is_refused_when_made(make: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"takes neither \(optimizer\) nor \(optimizer, total\)"):
+        Schedule(make)
+
+
+def test_a_part_named_scheduler_may_be_the_one_that_is_scheduled() -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = StepLR(optimizer, 1)
+    Engine(model=model, optimizer=optimizer, scheduler=scheduler, callbacks=[Schedule(scheduler)])
+
+
+def test_a_loop_of_ones_own_cannot_tell_its_length_not_even_the_second_time() -> None:
+    """Its data are seen in the loop's body, and may be others in a second run."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model=model, optimizer=optimizer)
+    for _ in engine.epochs(1):
+        for _ in engine.train(class_batches(8, 8)):
+            pass
+    engine.attach(Schedule(warmup_cosine, per="step"))
+    with pytest.raises(ConfigurationError, match="cannot know how many steps"):
+        next(iter(engine.epochs(1)))
+
+
+def test_an_epoch_of_skipped_updates_counts_the_same_after_a_resume(tmp_path: Path) -> None:
+    """Epoch 2 overflows throughout, so the schedule stands still in it, also if the run was cut there."""
+
+    def run(stop: int | None, resume: str | None, *callbacks: Callback) -> float:
+        trainer = schedule_trainer(halve(), *callbacks)
+        trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        trainer.subscribe(LossReady, lambda event: event.loss * (1e38 if trainer.epoch == 2 else 1.0))
+        trainer.subscribe(StepEnd, lambda event: trainer.interrupt(signal.SIGTERM) if trainer.step == stop else None)
+        trainer.fit(class_batches(8, 8, 8), epochs=3, resume=resume)
+        return float(trainer.parts["optimizer"].param_groups[0]["lr"])
+
+    run(5, None, RunCheckpoint(tmp_path))
+    assert run(None, "auto", RunCheckpoint(tmp_path)) == run(None, None) == 0.025
+
+
 def test_a_schedule_for_an_optimizer_that_is_not_there_names_those_that_are() -> None:
     optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
     with pytest.raises(ConfigurationError, match=r'is for "optimizer", but the optimizers are: d_optimizer\.'):
@@ -340,8 +445,10 @@ def test_what_is_no_scheduler_is_refused_when_made(scheduler: Any) -> None:
 
 
 def test_an_unknown_pace_is_refused_when_made() -> None:
-    with pytest.raises(ConfigurationError, match=r'^Schedule has per=\'step\'\. Write "update" or "epoch"\.$'):
-        Schedule(halve(), per="step")  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(
+        ConfigurationError, match=r'^Schedule has per=\'batch\'\. Write "update", "step" or "epoch"\.$'
+    ):
+        Schedule(halve(), per="batch")  # type: ignore[arg-type]  # the mistake
 
 
 @pytest.mark.parametrize("returned", [None, StepLR, 0.1])

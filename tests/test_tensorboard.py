@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_warns_once_and_training_goes_on(num_values: int, tm
 def test_without_anywhere_to_write_it_is_refused_before_step_1() -> None:
     """The message says both ways out."""
     trainer = make_trainer(TensorBoard())
-    with pytest.raises(ConfigurationError, match=r"Pass TensorBoard\(directory\), or add RunDirectory\(\)"):
+    with pytest.raises(ConfigurationError, match=r"Pass it a directory, or add RunDirectory\(\)"):
         trainer.fit(TRAIN, epochs=1)
     assert trainer.step == 0
 

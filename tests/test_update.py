@@ -325,7 +325,7 @@ def test_an_engine_without_an_optimizer_says_which_part_is_missing() -> None:
         (None, r'part named optimizer, but the parts are: model, adam\..*optimizer="adam"\)'),
         ("adm", r'part named adm, but .*Did you mean "adam"\?'),
         ("model", r"part named model, but"),
-        ("itself", r'takes the name of one\. Write optimizer="adam"'),
+        ("itself", r'of type Adam, but it takes the name of a part.*Write optimizer="adam"'),
     ],
 )
 def test_an_optimizer_that_is_no_part_is_refused_with_the_names_of_those_that_are(
@@ -457,6 +457,51 @@ def test_a_loss_leaves_gradients_only_in_what_its_optimizer_holds() -> None:
     engine.subscribe(GradientsReady, look)
     engine.fit(class_batches(8), epochs=1)
     assert seen == [(False, 0, 2), (True, 2, 0)]
+
+
+def test_an_update_without_a_name_leaves_nothing_in_another_optimizers_parameters() -> None:
+    """As with the name of the part that is meant."""
+    states = []
+    for name in (None, "optimizer"):
+        torch.manual_seed(0)
+        body, critic = nn.Linear(4, 4), nn.Linear(4, 3)
+        optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (body, critic)]
+
+        def step(engine: Engine, batch: Batch, name: str | None = name) -> None:
+            for chosen in (name, "critic_optimizer"):
+                loss = nn.functional.cross_entropy(engine.parts["critic"](engine.parts["body"](batch[0])), batch[1])
+                engine.update(loss, optimizer=chosen)
+
+        parts: dict[str, Any] = {"optimizer": optimizers[0], "critic_optimizer": optimizers[1]}
+        Engine(step, body=body, critic=critic, **parts).fit(class_batches(8, 8), epochs=1)
+        states.append([*body.state_dict().values(), *critic.state_dict().values()])
+    assert equal(*states)
+
+
+@pytest.mark.parametrize("scaler", [None, "fp16"])
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_loss_for_the_wrong_optimizer_is_refused(window: int, scaler: str | None) -> None:
+    """It reaches nothing that the optimizer holds: nothing would be learnt, in silence."""
+    duel = Duel(*([Accumulate(window)] if window > 1 else []))
+
+    def step(engine: Engine, batch: Batch) -> None:
+        engine.update(duel.discriminator(batch[0]).mean(), optimizer="slow")
+
+    engine = Engine(step, slow=duel.slow, fast=duel.fast, discriminator=duel.discriminator, callbacks=duel.callbacks)
+    engine.update.scaler = None if scaler is None else torch.amp.GradScaler("cpu")
+    with pytest.raises(DataError, match=r'gave no gradient to anything that "slow" holds\. Name the optimizer'):
+        engine.fit(class_batches(8), epochs=1)
+
+
+def test_an_optimizer_of_frozen_parameters_is_named() -> None:
+    duel = Duel()
+    duel.discriminator.requires_grad_(False)
+    with pytest.raises(DataError, match=r'No parameter that the optimizer "fast" holds is trainable\. Set'):
+        Engine(
+            lambda engine, batch: engine.update(duel.generator(batch[0][:, :2]).mean(), optimizer="fast"),
+            slow=duel.slow,
+            fast=duel.fast,
+        ).fit(class_batches(8), epochs=1)
 
 
 def test_windows_are_counted_for_each_optimizer() -> None:

@@ -355,3 +355,19 @@ def test_a_setting_that_cannot_work_is_refused_when_made(arguments: dict[str, An
 def test_the_class_instead_of_an_instance_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"the class WeightAverage, not an instance\. Did you forget \(\)\?"):
         make_trainer(WeightAverage)  # type: ignore[arg-type]  # the mistake
+
+
+def test_updates_of_another_module_are_no_updates_of_the_model() -> None:
+    """A critic that is updated in each step, too: the average takes in every second update of the model."""
+    model, critic = linear(), linear()
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, critic)]
+
+    def step(engine: Engine, batch: Batch) -> None:
+        for name in ("critic", "model"):
+            loss = nn.functional.cross_entropy(engine.parts[name](batch[0]), batch[1])
+            engine.update(loss, optimizer=f"{name}_optimizer")
+
+    parts: dict[str, Any] = {"model_optimizer": optimizers[0], "critic_optimizer": optimizers[1]}
+    engine = Engine(step, model=model, critic=critic, callbacks=[WeightAverage("swa", every=2)], **parts)
+    engine.fit(class_batches(*[8] * 6), epochs=1)
+    assert int(engine.parts["weight_average"].n_averaged) == 3
