@@ -84,7 +84,7 @@ class Schedule(Callback):
             self.scheduler = self._made(engine)
         if self.scheduler is not None:
             self._check_monitor(self.scheduler)
-        if engine.parts.get(self._part) not in (None, self.scheduler):
+        if self._part in engine.parts and (self._takes_total or engine.parts[self._part] is not self.scheduler):
             raise ConfigurationError(
                 f"Schedule is to become the part {self._part}, which the engine has already. "
                 "Attach one for each optimizer; torch's ChainedScheduler joins several."

@@ -430,9 +430,10 @@ def test_a_loop_of_ones_own_has_its_schedule_per_epoch() -> None:
     assert rates == [1.0, 0.5, 0.25]
 
 
-def test_two_schedules_are_refused() -> None:
+@pytest.mark.parametrize("make", [halve(), warmup_cosine])
+def test_two_schedules_are_refused(make: MakeScheduler) -> None:
     """The second would take the place of the first, and be stepped by both."""
-    first, second = (Schedule(halve()) for _ in range(2))
+    first, second = (Schedule(make) for _ in range(2))
     with pytest.raises(ConfigurationError, match=r"Schedule.*\. [A-Z]"):
         make_trainer(first, second)
 
