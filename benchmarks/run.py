@@ -99,6 +99,7 @@ def draw(rows: list[Row]) -> None:
         bars = right.barh(places, [row.number or 0 for row in found], 0.4, label=kind, color=color)
         right.bar_label(bars, fmt="%.2f", fontsize=8)
         right.set_yticks(range(len(found)), names)
+    right.margins(x=0.08)
     right.axvline(1, color="black", linewidth=0.8)
     right.invert_yaxis()
     right.legend()
