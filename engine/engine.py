@@ -21,6 +21,7 @@ from .errors import ConfigurationError, DataError, EngineStateError
 from .events import (
     BatchReady,
     Settled,
+    StepEnd,
     ValidationEnd,
     ValidationStart,
     ValidationStepEnd,
@@ -160,8 +161,9 @@ class Engine(Run):
                     batch = batch_ready.transform(lambda batch: BatchReady(self, batch), batch, step)
                 self.batch, self.output = batch, None
                 yield batch
-                if step >= step_end.due:
-                    self._end_step()
+                if step >= step_end.due and step > self._ended_step:  # a validation in the loop's body has ended it
+                    self._ended_step = step
+                    step_end.emit(StepEnd(self, batch, self.output), step)
                 if step >= settled.due:
                     settled.emit(Settled(self), step)
                 if step >= self._end_of_epoch and self._epoch_is_over():

@@ -33,6 +33,7 @@ class ComputedMetric:
         self.metric = metric
         self.is_torchmetrics = _comes_from("torchmetrics", metric)
         self._updated = False
+        self._at: torch.device | None = None  # where it has been moved to
 
     def fresh(self) -> ComputedMetric:
         """Return an independent copy with nothing in it."""
@@ -52,7 +53,7 @@ class ComputedMetric:
         Raises:
             DataError: if the model's output is a dict of which the metric takes no part.
         """
-        output = tree_map(Tensor.detach, output)
+        output = output.detach() if isinstance(output, Tensor) else tree_map(Tensor.detach, output)
         try:
             if self.is_torchmetrics:
                 self._follow(output)
@@ -72,10 +73,10 @@ class ComputedMetric:
 
     def _follow(self, output: Any) -> None:
         """Move the metric to where the output is."""
-        if not isinstance(output, Tensor):
-            output = first_tensor(output)
-        if output is not None and self._device() != output.device:
-            self.metric.to(output.device)
+        placed = output if isinstance(output, Tensor) else first_tensor(output)
+        if placed is not None and placed.device != self._at:
+            self._at = placed.device
+            self.metric.to(self._at)
 
     def compute(self) -> dict[str, Any]:
         """Return the value under its name, or the values of a collection under ``name_key``; empty if unused.
@@ -101,7 +102,7 @@ class ComputedMetric:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Take back what `state_dict` returned, onto ``device``."""
-        self._updated = state["updated"]
+        self._updated, self._at = state["updated"], None
         states = tree_map(lambda tensor: tensor.to(device), state["states"])
         if not self.is_torchmetrics:
             for saved in states:
@@ -117,10 +118,6 @@ class ComputedMetric:
         """Return the single metric, or those of a collection, each followed by those that it wraps."""
         outer = self.metric.values() if isinstance(self.metric, Mapping | torch.nn.ModuleDict) else [self.metric]
         return [inner for one in outer for inner in one.modules() if _comes_from("torchmetrics", inner)]
-
-    def _device(self) -> torch.device | None:
-        device = getattr(self.metric, "device", None)  # a MetricCollection has none
-        return device if isinstance(device, torch.device) else None
 
 
 Metric = FunctionMetric | ComputedMetric
