@@ -32,6 +32,12 @@ class Compile(Callback):
     """
 
     def __init__(self, *parts: str, **options: Any) -> None:
+        for part in parts:
+            if not isinstance(part, str):
+                raise ConfigurationError(
+                    f"Compile takes names of parts, and got an object of type {type(part).__name__}. "
+                    'Write Compile("model").'
+                )
         self.parts = parts or ("model",)
         self.options = options
 
@@ -46,6 +52,8 @@ class Compile(Callback):
                 )
             if isinstance(getattr(modules[name], "_orig_mod", None), nn.Module):
                 raise ConfigurationError(f'"{name}" was compiled by torch.compile(model). Leave one of the two out.')
+            if any(isinstance(other, Compile) and name in other.parts for other in engine.callbacks):
+                raise ConfigurationError(f'The engine has a Compile of "{name}" already. Attach one.')
         super().attach(engine)
         for name in self.parts:
             try:

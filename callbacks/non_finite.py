@@ -17,7 +17,8 @@ class StopOnNonFinite(Callback):
 
     Each loss is checked on the device, into a flag there. "raise" and "stop" read the flag every ``every_steps``
     and at the end of the epoch, so that no step waits for the device. "skip" has to know before each update, and
-    reads it there: one wait per update; the update is left out, as if the batch had not been.
+    reads it there: one wait per update; the update, with `Accumulate` that of the whole window, is left out. The
+    averages of the epoch keep the loss that was seen.
 
     Args:
         policy: "raise" ends the run with an error, "stop" ends it with a reason, "skip" leaves updates out.

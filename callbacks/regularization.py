@@ -80,9 +80,9 @@ class FreezeUntil(Callback):
         """Choose the parameters."""
         super().attach(engine)
         self._chosen = select_parameters(_model(engine, "FreezeUntil"), self._which)
-        optimizer = engine.parts.get("optimizer")
-        if isinstance(optimizer, torch.optim.Optimizer):
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        optimizers = [part for part in engine.parts.values() if isinstance(part, torch.optim.Optimizer)]
+        if optimizers:
+            held = {id(parameter) for o in optimizers for group in o.param_groups for parameter in group["params"]}
             if missing := [name for name, parameter in self._chosen.items() if id(parameter) not in held]:
                 raise ConfigurationError(
                     f"FreezeUntil is to thaw {', '.join(missing[:5])}, which the optimizer does not hold. "

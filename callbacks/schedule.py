@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, UpdateEnd
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, Subscription, UpdateEnd
 from camshaft.engine.errors import can_take, did_you_mean, is_number, whole_number
 
 from .monitor import Monitor
@@ -76,6 +76,7 @@ class Schedule(Callback):
         self._total = 0
         self._has_stepped = False
         self._updates = [0, 0]  # made and skipped, at the end of the last epoch
+        self._first_epoch: Subscription[EpochEnd] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Hear updates, steps, epochs or the monitored value."""
@@ -149,13 +150,17 @@ class Schedule(Callback):
         engine = event.engine
         total = engine.planned(self.per)
         if total is None:
+            why = "its data, or the windows of Accumulate, have no set length"
+            if engine.validates is None:
+                why = "a loop of your own shows its data only later"
             raise ConfigurationError(
-                f"Schedule cannot know how many {self.per}s this run is to make: "
-                "its data, or the windows of Accumulate, have no set length. "
+                f"Schedule cannot know how many {self.per}s this run is to make: {why}. "
                 "State it: lambda optimizer: warmup_cosine(optimizer, total=10_000)."
             )
-        for group in engine.parts[self.optimizer].param_groups:
-            group["lr"] = group.get("initial_lr", group["lr"])  # an earlier schedule has left it where it ended
+        if self.scheduler is not None:  # of an earlier fit, which has left the rates where it ended
+            for group, last in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+                begin = "initial_lr" if group["lr"] == last else "lr"  # or one was set by hand since
+                group["lr"] = group["initial_lr"] = group[begin]
         self._total, self._has_stepped = max(total, 1), False
         self.scheduler = engine.parts[self._part] = self._made(engine, self._total)
         self._check_monitor(self.scheduler)
@@ -185,21 +190,25 @@ class Schedule(Callback):
 
     def _check_first_epoch(self, event: EpochEnd) -> None:
         """Compare, once, what the optimizer did in an epoch with what the schedule counts on."""
-        self._first_epoch.cancel()
+        self._stop_checking()
         engine = event.engine
         made = engine.update.num_made(self.optimizer)
-        if engine.num_updates and not made and not engine.resumes:
+        if engine.num_updates and not made:
             raise ConfigurationError(
                 f'Schedule had no effect in this epoch, for no update was for "{self.optimizer}". '
                 f'Write engine.update(loss, optimizer="{self.optimizer}").'
             )
         expected = -(-engine.epoch_step // engine.update.window_batches)
-        if self._takes_total and made != expected and not engine.resumes:
+        if self._takes_total and made != expected:
             logger.warning(
                 'Schedule counts on %d updates of "%s" in an epoch of %d steps, and there were %d, so it will not end '
                 'with the run. Write per="step", which counts steps.',
                 expected, self.optimizer, engine.epoch_step, made,
             )  # fmt: skip
+
+    def _stop_checking(self) -> None:
+        if self._first_epoch is not None:
+            self._first_epoch.cancel()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the total, and the updates up to the last epoch; the scheduler is a part of the run."""
@@ -211,6 +220,7 @@ class Schedule(Callback):
         Raises:
             ConfigurationError: if the scheduler cannot be stretched to the new total.
         """
+        self._stop_checking()  # of this epoch, only a part will be seen
         self._updates = list(state["updates"])
         if not self._takes_total or self._total == state["total"]:
             return

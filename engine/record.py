@@ -95,11 +95,13 @@ class Record:
             metric.reset()
 
     def add(self, values: Mapping[str, float | Tensor], weight: float) -> None:
-        """Add each value, the mean over ``weight`` samples.
+        """Add each value, the mean over ``weight`` samples; of none, it is left out.
 
         Raises:
             DataError: naming the value, if it is no number and no tensor of one element.
         """
+        if not weight:
+            return  # the mean of nothing, which is NaN
         for name, value in values.items():
             if name in self.computed or name in self.functions:
                 raise DataError(f'A value named "{name}" was recorded, which is a metric\'s. Give it another name.')
@@ -117,7 +119,7 @@ class Record:
 
     def measure(self, output: Any, target: Any, weight: float) -> None:
         """Update every metric with one batch; no gradients are recorded."""
-        if self.functions:
+        if self.functions and weight:
             with torch.no_grad():
                 for name, metric in self.functions.items():
                     self.accumulate(name, metric(output, target), weight)

@@ -248,7 +248,7 @@ class Run(Announcer):
             error.add_note(f"While the run was ending, too: {second!r}")
 
     def _leave_run(self) -> None:
-        self.plan = self._pass = None
+        self.plan = self._pass = self._resumed_data = None
         self.stage, self._record, self.batch, self.output = "", None, None, None
         for module, mode in self._modes.items():
             module.training = mode

@@ -78,7 +78,7 @@ def find(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path] | No
 
 
 def load_run_state(engine: Engine, state: dict[str, Any], source: Path) -> None:
-    """Put the engine into ``state``; everything is checked before anything is loaded.
+    """Put the engine into ``state``; the parts are checked before anything is loaded.
 
     Raises:
         CheckpointError: if the file is of a newer format, another seed, or another architecture.

@@ -36,8 +36,8 @@ class Update:
     loss (a mean over its samples) counts by its number of samples, also in a window that the end of an epoch
     cuts short. Windows never reach over an epoch's end.
 
-    A step with several optimizers names the one that a loss is for. Each has a window and a loss scaler of its own.
-    In a run with several, a loss leaves gradients in nothing but what its optimizer holds.
+    A step with several optimizers names the one that a loss is for. Each has a window and a loss scaler of its own,
+    and a loss leaves gradients in nothing but what its optimizer holds. An update of nothing that learns is left out.
 
     Attributes:
         window_batches: micro-batches per update.
@@ -53,7 +53,7 @@ class Update:
         self.window_batches = 1
         self.window_samples: int | None = None
         self._skips = False
-        self._several = False  # whether the run has several optimizers
+        self._several = False  # whether one was named
         self._windows = {MAIN: _Window(MAIN)}
 
     @property
@@ -104,9 +104,13 @@ class Update:
             loss = loss * self._share(window, num_samples, whole or num_samples)
             window.part += num_samples
             complete = whole is None or window.part >= whole
-        (loss if window.scaler is None else window.scaler.scale(loss)).backward(
-            inputs=self._learning(window) if self._several else None
-        )
+        if num_samples != 0:  # else it is the mean of nothing, which is NaN, and so would its gradients be
+            scaled = loss if window.scaler is None else window.scaler.scale(loss)
+            if self._several:
+                self._differentiate(window, scaled)
+            else:
+                window.has_gradients = True
+                scaled.backward()
         if complete:
             window.part = 0.0
             window.batches += 1
@@ -114,10 +118,9 @@ class Update:
                 self._apply(window)
 
     def reset(self) -> None:
-        """Begin a run: forget the windows that an earlier one left open, with their gradients."""
-        self._several = len(self._optimizers()) > 1
+        """Forget what an earlier run, or try, has left in the windows, with its gradients."""
         for window in self._windows.values():
-            if window.batches or window.part:
+            if window.has_gradients:
                 self._optimizer(window).zero_grad()
             window.clear()
 
@@ -151,6 +154,7 @@ class Update:
         for name, saved in state.items():
             window = self._windows.get(name) or self._open(name)
             window.batches, window.samples, window.nominal = saved["window"]
+            window.has_gradients = saved["grads"] is not None and any(grad is not None for grad in saved["grads"])
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
                 for parameter, grad in zip(self._parameters(window), saved["grads"], strict=True):
                     parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
@@ -159,7 +163,25 @@ class Update:
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
                     window.scaler.scale(torch.zeros((), device=self._parameters(window)[0].device))
 
+    def _differentiate(self, window: _Window, loss: Tensor) -> None:
+        """Leave gradients in what this optimizer holds, and learns, alone."""
+        inputs = [parameter for parameter in self._parameters(window) if parameter.requires_grad]
+        if not inputs:
+            return
+        window.has_gradients = True
+        try:
+            loss.backward(inputs=inputs)
+        except RuntimeError as error:
+            if "graph a second time" not in str(error):
+                raise
+            raise DataError(
+                f'The loss of step {self._engine.step}, for "{window.name}", was differentiated before. '
+                "Compute it anew for each optimizer, or step all of them in your own step, without engine.update."
+            ) from error
+
     def _share(self, window: _Window, num_samples: float, whole: float) -> float:
+        if not num_samples:
+            return 0.0
         if not window.samples:
             window.nominal = self.window_samples or whole * self.window_batches
         window.samples += num_samples
@@ -172,6 +194,9 @@ class Update:
 
     def _apply(self, window: _Window) -> None:
         engine, scaler, optimizer = self._engine, window.scaler, self._optimizer(window)
+        if not window.has_gradients:
+            self._leave_out(window)
+            return
         if self._several and all(parameter.grad is None for parameter in self._parameters(window)):
             raise DataError(
                 f'The loss of step {engine.step} gave no gradient to anything that "{window.name}" holds. '
@@ -193,6 +218,13 @@ class Update:
         elif engine.num_updates >= self._update_end.due:
             self._update_end.emit(UpdateEnd(engine, optimizer), engine.num_updates)
         _clear_gradients(optimizer)
+        window.has_gradients = False
+
+    def _leave_out(self, window: _Window) -> None:
+        """Count an update of a window in which there was nothing to learn, or nothing that learns."""
+        window.clear()
+        window.num_made += 1
+        self._engine.num_skipped_updates += 1
 
     def _step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
         """Step, and return whether that was done."""
@@ -214,21 +246,13 @@ class Update:
         """Return the first window of an optimizer, which must be there."""
         window = _Window(name)
         window.scaler = copy.deepcopy(self.scaler)
-        self._optimizer(window)
+        self._optimizer(window).zero_grad()  # a loss without a name may have left gradients there
         self._windows[name] = window
+        self._several = True
         return window
 
     def _parameters(self, window: _Window) -> list[torch.nn.Parameter]:
         return [parameter for group in self._optimizer(window).param_groups for parameter in group["params"]]
-
-    def _learning(self, window: _Window) -> list[torch.nn.Parameter]:
-        learning = [parameter for parameter in self._parameters(window) if parameter.requires_grad]
-        if not learning:
-            raise DataError(
-                f'No parameter that the optimizer "{window.name}" holds is trainable. '
-                "Set requires_grad = True on those that should learn."
-            )
-        return learning
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: part for name, part in self._engine.parts.items() if isinstance(part, torch.optim.Optimizer)}
@@ -262,12 +286,13 @@ class Update:
 class _Window:
     """What has come together for one optimizer since its last update."""
 
-    __slots__ = ("batches", "name", "nominal", "num_made", "part", "samples", "scaler")
+    __slots__ = ("batches", "has_gradients", "name", "nominal", "num_made", "part", "samples", "scaler")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.scaler: torch.amp.GradScaler | None = None
         self.num_made = 0
+        self.has_gradients = False
         self.clear()
 
     def clear(self) -> None:

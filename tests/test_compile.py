@@ -116,6 +116,15 @@ def test_a_second_trainer_may_compile_the_same_model() -> None:
         make_trainer(Compile(backend="eager"), model=model).fit(TRAIN, epochs=1)
 
 
+def test_a_module_in_place_of_a_name_and_two_of_one_part_are_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"takes names of parts, and got an object of type Linear\. Write Compile"
+    ):
+        Compile(linear())  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ConfigurationError, match=r'has a Compile of "model" already\. Attach one'):
+        make_trainer(Compile(backend="eager"), Compile(backend="eager"))
+
+
 @pytest.mark.parametrize("options", [{"backend": "inductr"}, {"speed": "high"}, {"mode": "fastest"}])
 def test_an_option_that_torch_does_not_know_is_refused(options: dict[str, Any]) -> None:
     """Before step 1, wherever torch itself looks at it."""

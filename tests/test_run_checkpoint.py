@@ -332,6 +332,16 @@ def test_a_run_resumed_in_mid_epoch_has_not_done_that_epoch_yet(tmp_path: Path) 
     assert (resumed.epoch, resumed.step) == (5, 35)
 
 
+def test_a_fit_after_a_resumed_one_reads_its_data_from_the_start(tmp_path: Path) -> None:
+    """Also if the resumed run had nothing left to read: it was cut behind its last step."""
+    run(interrupt_at(build(tmp_path, "plain", None), 5), epochs=None, max_steps=5)
+    trainer = build(tmp_path, "plain", None)
+    run(trainer, epochs=None, max_steps=5, resume="auto")
+    steps = trainer.step
+    run(trainer, epochs=1)
+    assert (steps, trainer.step) == (5, 12)
+
+
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", None))
     files = RunCheckpoint(tmp_path).files

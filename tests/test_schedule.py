@@ -246,6 +246,15 @@ def test_a_schedule_over_the_run_ends_where_the_run_ends_and_begins_anew_with_th
     assert trainer.parts["optimizer"].param_groups[0]["lr"] == 0
 
 
+def test_a_rate_that_was_set_by_hand_between_two_fits_is_the_one_to_reach() -> None:
+    trainer = schedule_trainer(warmup_cosine, per="update")
+    rates = learning_rates(trainer)
+    trainer.fit(class_batches(*[8] * 10), epochs=1)
+    trainer.parts["optimizer"].param_groups[0]["lr"] = 0.001
+    trainer.fit(class_batches(*[8] * 10), epochs=1)
+    assert (max(rates[:10]), max(rates[10:])) == (0.1, 0.001)
+
+
 def test_a_total_that_cannot_be_known_is_asked_for_before_the_first_step() -> None:
     """A generator has no length; windows by samples end where they may."""
     for train, others in ((lambda: iter(class_batches(8)), []), (class_batches(8), [Accumulate(samples=20)])):
@@ -324,10 +333,15 @@ def test_a_total_of_updates_that_the_optimizer_does_not_make_is_told_after_the_f
     assert 'counts on 10 updates of "slow" in an epoch of 10 steps, and there were 3' in told[0]
 
 
-def test_a_schedule_whose_optimizer_is_never_due_is_refused_after_the_first_epoch() -> None:
-    engine = alternating(Schedule(halve(), per="update", optimizer="slow"), every=100)
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_schedule_whose_optimizer_is_never_due_is_refused_after_the_first_epoch(
+    resume: str | None, tmp_path: Path
+) -> None:
+    """Also where a run was asked to resume, and there was nothing yet."""
+    callbacks = [Schedule(halve(), per="update", optimizer="slow"), RunCheckpoint(tmp_path)]
+    engine = alternating(*callbacks, every=100)
     with pytest.raises(ConfigurationError, match=r'no update was for "slow"\. Write engine\.update\(loss, optimizer='):
-        engine.fit(class_batches(8, 8), epochs=2)
+        engine.fit(class_batches(8, 8), epochs=2, resume=resume)
 
 
 def test_what_was_made_for_a_total_and_cannot_be_stretched_is_refused_on_resume(tmp_path: Path) -> None:

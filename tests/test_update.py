@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from camshaft.callbacks import (
     Accumulate,
     ClipGradients,
+    FreezeUntil,
     Penalty,
     RunCheckpoint,
     Schedule,
@@ -493,15 +494,89 @@ def test_a_loss_for_the_wrong_optimizer_is_refused(window: int, scaler: str | No
         engine.fit(class_batches(8), epochs=1)
 
 
-def test_an_optimizer_of_frozen_parameters_is_named() -> None:
+def test_an_optimizer_of_which_nothing_learns_yet_is_left_out() -> None:
+    """FreezeUntil keeps the body still for an epoch; the head learns meanwhile, and then both do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    body, head = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        for name in ("body", "head"):
+            engine.update(nn.functional.cross_entropy(model(batch[0]), batch[1]), optimizer=name)
+
+    seen: list[list[bool]] = []
+    before = [value.clone() for value in model.state_dict().values()]
+
+    def look(event: EpochEnd) -> None:
+        now = list(model.state_dict().values())
+        seen.append([not torch.equal(now[place], before[place]) for place in (0, 2)])  # the two weights
+
+    engine = Engine(step, model=model, body=body, head=head, callbacks=[FreezeUntil(2, ["0.*"])])
+    engine.subscribe(EpochEnd, look)
+    engine.fit(class_batches(8, 8), epochs=2)
+    assert seen == [[False, True], [True, True]]
+    assert (engine.num_updates, engine.num_skipped_updates) == (6, 2)
+
+
+def test_one_loss_for_two_optimizers_is_refused_with_what_to_write() -> None:
     duel = Duel()
-    duel.discriminator.requires_grad_(False)
-    with pytest.raises(DataError, match=r'No parameter that the optimizer "fast" holds is trainable\. Set'):
-        Engine(
-            lambda engine, batch: engine.update(duel.generator(batch[0][:, :2]).mean(), optimizer="fast"),
-            slow=duel.slow,
-            fast=duel.fast,
-        ).fit(class_batches(8), epochs=1)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = duel.discriminator(duel.generator(batch[0][:, :2])).mean()
+        for name in ("fast", "slow"):
+            engine.update(loss, optimizer=name)
+
+    with pytest.raises(DataError, match=r'for "slow", was differentiated before\. Compute it anew'):
+        Engine(step, slow=duel.slow, fast=duel.fast).fit(class_batches(8), epochs=1)
+
+
+def test_an_optimizer_that_is_stepped_by_hand_may_be_a_part() -> None:
+    """Its gradients are not cut off by the update of the other."""
+    body, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    by_hand = torch.optim.SGD(body.parameters(), lr=0.1)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        engine.update(nn.functional.cross_entropy(head(body(batch[0])), batch[1]))
+        by_hand.step()
+        by_hand.zero_grad()
+
+    before = body.weight.detach().clone()
+    Engine(step, optimizer=torch.optim.SGD(head.parameters(), lr=0.1), by_hand=by_hand).fit(class_batches(8), epochs=1)
+    assert not torch.equal(body.weight, before)
+
+
+@pytest.mark.parametrize("moment", [GradientsReady, UpdateEnd])
+def test_gradients_of_a_failed_fit_are_not_in_the_next(moment: type[Event]) -> None:
+    data, engine = class_batches(8), make_engine()
+    seen: list[list[Tensor]] = []
+    engine.subscribe(GradientsReady, lambda event: seen.append(gradients(event.engine)))
+    failing = engine.subscribe(moment, lambda event: 1 / 0)
+    start = {name: value.clone() for name, value in engine.parts["model"].state_dict().items()}
+    with pytest.raises(ZeroDivisionError):
+        engine.fit(data, epochs=1)
+    failing.cancel()
+    engine.parts["model"].load_state_dict(start)
+    engine.fit(data, epochs=1)
+    assert equal(seen[0], seen[1])
+
+
+def test_a_batch_of_no_samples_counts_for_nothing() -> None:
+    """No token to predict: its loss is NaN, and neither the update nor the averages know of it."""
+    data = class_batches(8, 8, 8)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        none = engine.step == 2
+        loss = nn.functional.cross_entropy(engine.parts["model"](batch[0]), batch[1]) * (math.nan if none else 1.0)
+        engine.update(loss, num_samples=0 if none else 8)
+        engine.record(loss=loss, weight=0 if none else 8)
+        engine.peek()
+
+    engine = make_engine(3, step)
+    history = engine.fit(data, epochs=1)
+    assert math.isfinite(history["train_loss"][0])
+    other = make_engine(2)
+    other.fit([data[0], data[2]], epochs=1)
+    assert all(torch.allclose(a, b) for a, b in zip(weights(engine), weights(other), strict=True))
 
 
 def test_windows_are_counted_for_each_optimizer() -> None:
