@@ -8,6 +8,7 @@ import torch
 
 from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady
 from camshaft.engine.errors import whole_number
+from camshaft.engine.parameters import held_by
 
 
 class Accumulate(Callback):
@@ -72,7 +73,7 @@ class ClipGradients(Callback):
 
     def on_gradients_ready(self, event: GradientsReady) -> None:
         """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
-        parameters = [parameter for group in event.optimizer.param_groups for parameter in group["params"]]
+        parameters = held_by(event.optimizer)
         if self.norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.norm)
         elif self.value is not None:

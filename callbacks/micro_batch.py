@@ -51,7 +51,6 @@ class MicroBatch(Callback):
                 return
             except torch.OutOfMemoryError:
                 trainer.update.reset()
-                trainer.parts["optimizer"].zero_grad()
                 trainer.update.load_state_dict(window)
                 if self.num_parts >= total:
                     raise

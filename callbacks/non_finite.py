@@ -80,17 +80,14 @@ class StopOnNonFinite(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the flags that are still to be read, by optimizer, and the step at which they were read last."""
-        flags = {name: self._flags[part] for name, part in self._optimizers().items() if part in self._flags}
+        flags = {name: self._flags[part] for name, part in self._engine.optimizers().items() if part in self._flags}
         return {"read_at": self._read_at, "flags": flags}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._read_at = state["read_at"]
-        optimizers, device = self._optimizers(), self._engine.device
+        optimizers, device = self._engine.optimizers(), self._engine.device
         self._flags = {optimizers[name]: flag.to(device) for name, flag in state["flags"].items()}
-
-    def _optimizers(self) -> dict[str, Optimizer]:
-        return {name: part for name, part in self._engine.parts.items() if isinstance(part, Optimizer)}
 
     def __repr__(self) -> str:
         return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"

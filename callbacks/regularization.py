@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochStart, LossReady
 from camshaft.engine.checkpoint import bare
 from camshaft.engine.errors import is_number, whole_number
-from camshaft.engine.parameters import Selection, is_weight, select_parameters
+from camshaft.engine.parameters import Selection, held_by, is_weight, select_parameters
 
 
 class Penalty(Callback):
@@ -80,9 +79,8 @@ class FreezeUntil(Callback):
         """Choose the parameters."""
         super().attach(engine)
         self._chosen = select_parameters(_model(engine, "FreezeUntil"), self._which)
-        optimizers = [part for part in engine.parts.values() if isinstance(part, torch.optim.Optimizer)]
-        if optimizers:
-            held = {id(parameter) for o in optimizers for group in o.param_groups for parameter in group["params"]}
+        if optimizers := engine.optimizers().values():
+            held = {id(parameter) for optimizer in optimizers for parameter in held_by(optimizer)}
             if missing := [name for name, parameter in self._chosen.items() if id(parameter) not in held]:
                 raise ConfigurationError(
                     f"FreezeUntil is to thaw {', '.join(missing[:5])}, which the optimizer does not hold. "

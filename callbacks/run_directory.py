@@ -23,6 +23,7 @@ import torch
 
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitEnd, FitStart, ValidationEnd
 from camshaft.engine.checkpoint import ensure_writable, write_durably
+from camshaft.engine.history import values_of
 from camshaft.engine.record import format_values
 
 from .progress import ProgressBar, epoch_line
@@ -76,8 +77,7 @@ class RunDirectory(Callback):
         """Log a validation in mid-epoch, and write all of them; the others are in the epoch's line."""
         validations = event.engine.history.validations
         if event.engine.in_mid_epoch:
-            values = {name: value for name, value in validations[-1].items() if name not in ("epoch", "step")}
-            epoch_logger.info("step %d  %s", event.engine.step, format_values(values))
+            epoch_logger.info("step %d  %s", event.engine.step, format_values(values_of(validations[-1])))
             self._write_table("validations.csv", validations)
 
     def on_epoch_end(self, event: EpochEnd) -> None:

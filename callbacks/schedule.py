@@ -110,7 +110,7 @@ class Schedule(Callback):
         return "scheduler" if self.optimizer == "optimizer" else f"{self.optimizer}_scheduler"
 
     def _find_optimizer(self, engine: Engine) -> None:
-        optimizers = {name: part for name, part in engine.parts.items() if isinstance(part, torch.optim.Optimizer)}
+        optimizers = engine.optimizers()
         if not optimizers:
             raise ConfigurationError("Schedule needs the optimizer. Write Engine(step, optimizer=optimizer, ...).")
         if self.scheduler is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from camshaft.engine import Callback, Engine, EpochEnd, ValidationEnd
+from camshaft.engine.history import values_of
 from camshaft.engine.record import scalars
 
 logger = logging.getLogger("camshaft")
@@ -43,15 +44,14 @@ class TensorBoard(Callback):
 
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Write the validation's values, and in mid-epoch those of the training since the one before."""
-        row = event.engine.history.validations[-1]
-        self._add({name: value for name, value in row.items() if name not in ("epoch", "step")}, event.engine.step)
+        self._add(values_of(event.engine.history.validations[-1]), event.engine.step)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Write the training values that no validation has written; those of a validation are written when it ends."""
         engine = event.engine
         told = {name for row in engine.history.validations[-1:] if row["epoch"] == engine.epoch for name in row}
-        train = {name for name in event.metrics if name.startswith("train_")}
-        self._add({name: event.metrics[name] for name in event.metrics if name in train - told}, engine.step)
+        train = {n: value for n, value in event.metrics.items() if n.startswith("train_") and n not in told}
+        self._add(train, engine.step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
         if self._file is None:

@@ -15,6 +15,7 @@ from camshaft.engine.batch import call_model, tree_map
 from camshaft.engine.checkpoint import bare
 from camshaft.engine.errors import is_number, whole_number
 from camshaft.engine.order import Data, check_data, one_pass
+from camshaft.engine.parameters import held_by
 from camshaft.engine.rng import own_rng
 
 Rule = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
@@ -68,7 +69,7 @@ class WeightAverage(Callback):
         self.batch_norm_data = batch_norm_data
         self.load_at_end = load_at_end
         self._num_updates = 0  # of the model: a run may update other modules, too
-        self._is_of_model: dict[torch.optim.Optimizer, bool] = {}
+        self._of_model: set[torch.optim.Optimizer] = set()
 
     needs_update = True
 
@@ -84,6 +85,9 @@ class WeightAverage(Callback):
     def on_fit_start(self, event: FitStart) -> None:
         """Make the average, a copy of the model where it is by now; a resumed run loads it afterwards."""
         parts = event.engine.parts
+        own = {id(parameter) for parameter in parts["model"].parameters()}
+        optimizers = event.engine.optimizers().values()
+        self._of_model = {one for one in optimizers if any(id(parameter) in own for parameter in held_by(one))}
         if "weight_average" not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()
             average = AveragedModel(bare(parts["model"]), multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
@@ -91,11 +95,7 @@ class WeightAverage(Callback):
 
     def on_update_end(self, event: UpdateEnd) -> None:
         """Take in the weights, if this was an update of the model."""
-        if event.optimizer not in self._is_of_model:
-            own = {id(parameter) for parameter in event.engine.parts["model"].parameters()}
-            held = (parameter for group in event.optimizer.param_groups for parameter in group["params"])
-            self._is_of_model[event.optimizer] = any(id(parameter) in own for parameter in held)
-        if not self._is_of_model[event.optimizer]:
+        if event.optimizer not in self._of_model:
             return
         self._num_updates += 1
         number = self._num_updates - self.start

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 STAGES = {"train": "training", "val": "validation"}  # as people say
 
 
+def values_of(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a row's values, without the epoch and the step that say where it stands."""
+    return {name: value for name, value in row.items() if name not in ("epoch", "step")}
+
+
 class History(Mapping[str, list[float]]):
     """The values of a run, by column: ``history["val_acc"]`` is a list with one plain float per epoch.
 

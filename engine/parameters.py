@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import ConfigurationError, did_you_mean, is_number
 
 Selection = Iterable[str] | Callable[[str, nn.Parameter], bool]
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of every group of an optimizer.
+
+    >>> len(held_by(torch.optim.SGD(nn.Linear(2, 2).parameters())))
+    2
+    """
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_weight(name: str, parameter: nn.Parameter) -> bool:

@@ -144,7 +144,8 @@ class Record:
     def since_mark(self) -> dict[str, float]:
         """Return the averages of what was added since the last call, in one transfer, and set the mark anew."""
         added = {name: meter for name, meter in self.meters.items() if meter.count}
-        averages = {name: s / added[name].count for name, s in _to_host({n: m.sum for n, m in added.items()}).items()}
+        sums = _to_host({name: meter.sum for name, meter in added.items()})
+        averages = {name: total / added[name].count for name, total in sums.items()}
         for name, meter in added.items():
             self._earlier[name] = self._total(name)
             newest = meter.val

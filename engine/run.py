@@ -310,6 +310,10 @@ class Run(Announcer):
         """Return those parts that are modules, by name."""
         return {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
 
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return those parts that are optimizers, by name."""
+        return {name: part for name, part in self.parts.items() if isinstance(part, torch.optim.Optimizer)}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every parameter of every module, under its name within its part."""
         for module in self.modules().values():

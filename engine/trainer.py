@@ -17,6 +17,7 @@ from .engine import Engine
 from .errors import ConfigurationError, DataError
 from .events import FitStart
 from .order import Data
+from .parameters import held_by
 from .update import check_loss
 
 logger = logging.getLogger("camshaft")
@@ -198,7 +199,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, engine: Engine) -> None:
             "LBFGS evaluates the loss several times per step, which this step does not. "
             "Write a step function for Engine(step, ...) that calls optimizer.step(closure)."
         )
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for parameter in held_by(optimizer)}
     trainable = {name: p for name, p in engine.named_parameters() if p.requires_grad}
     missing = [name for name, parameter in trainable.items() if id(parameter) not in trained]
     if trainable and len(missing) == len(trainable):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import DataError, EngineStateError, did_you_mean
 from .events import GradientsReady, LossReady, UpdateEnd
+from .parameters import held_by
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -122,6 +123,7 @@ class Update:
         for window in self._windows.values():
             if window.has_gradients:
                 self._optimizer(window).zero_grad()
+                window.has_gradients = False
             window.clear()
 
     def flush(self) -> None:
@@ -144,7 +146,7 @@ class Update:
         for name, window in self._windows.items():
             state[name] = {
                 "window": [window.batches, window.samples, window.nominal],
-                "grads": [p.grad for p in self._parameters(window)] if window.batches else None,
+                "grads": [p.grad for p in held_by(self._optimizer(window))] if window.batches else None,
                 "scaler": None if window.scaler is None else window.scaler.state_dict(),
             }
         return state
@@ -154,18 +156,18 @@ class Update:
         for name, saved in state.items():
             window = self._windows.get(name) or self._open(name)
             window.batches, window.samples, window.nominal = saved["window"]
-            window.has_gradients = saved["grads"] is not None and any(grad is not None for grad in saved["grads"])
+            window.has_gradients = any(grad is not None for grad in saved["grads"] or ())
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
-                for parameter, grad in zip(self._parameters(window), saved["grads"], strict=True):
+                for parameter, grad in zip(held_by(self._optimizer(window)), saved["grads"], strict=True):
                     parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
             if window.scaler is not None and saved["scaler"] is not None:
                 window.scaler.load_state_dict(saved["scaler"])
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
-                    window.scaler.scale(torch.zeros((), device=self._parameters(window)[0].device))
+                    window.scaler.scale(torch.zeros((), device=held_by(self._optimizer(window))[0].device))
 
     def _differentiate(self, window: _Window, loss: Tensor) -> None:
         """Leave gradients in what this optimizer holds, and learns, alone."""
-        inputs = [parameter for parameter in self._parameters(window) if parameter.requires_grad]
+        inputs = [parameter for parameter in held_by(self._optimizer(window)) if parameter.requires_grad]
         if not inputs:
             return
         window.has_gradients = True
@@ -197,7 +199,7 @@ class Update:
         if not window.has_gradients:
             self._leave_out(window)
             return
-        if self._several and all(parameter.grad is None for parameter in self._parameters(window)):
+        if self._several and all(parameter.grad is None for parameter in held_by(optimizer)):
             raise DataError(
                 f'The loss of step {engine.step} gave no gradient to anything that "{window.name}" holds. '
                 "Name the optimizer that the loss is for: engine.update(loss, optimizer=...)."
@@ -205,7 +207,7 @@ class Update:
         if scaler is not None:
             scaler.unscale_(optimizer)
         if window.samples != window.nominal:
-            grads = [parameter.grad for parameter in self._parameters(window) if parameter.grad is not None]
+            grads = [parameter.grad for parameter in held_by(optimizer) if parameter.grad is not None]
             torch._foreach_mul_(grads, window.nominal / window.samples)
         window.clear()
         window.num_made += 1
@@ -251,12 +253,6 @@ class Update:
         self._several = True
         return window
 
-    def _parameters(self, window: _Window) -> list[torch.nn.Parameter]:
-        return [parameter for group in self._optimizer(window).param_groups for parameter in group["params"]]
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {name: part for name, part in self._engine.parts.items() if isinstance(part, torch.optim.Optimizer)}
-
     def _optimizer(self, window: _Window) -> torch.optim.Optimizer:
         optimizer = self._engine.parts.get(window.name)
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -264,7 +260,7 @@ class Update:
         raise self._no_optimizer(window.name)
 
     def _no_optimizer(self, name: object) -> EngineStateError:
-        optimizers = self._optimizers()
+        optimizers = self._engine.optimizers()
         parts = ", ".join(self._engine.parts)
         if not isinstance(name, str):
             meant = next((other for other, part in optimizers.items() if part is name), "its_name")

@@ -560,6 +560,20 @@ def test_gradients_of_a_failed_fit_are_not_in_the_next(moment: type[Event]) -> N
     assert equal(seen[0], seen[1])
 
 
+def test_what_a_failed_fit_had_differentiated_is_forgotten_with_its_gradients() -> None:
+    """The generator is frozen before the next fit: its updates are left out, as if it had never learnt."""
+    duel = Duel()
+    engine = duel.engine()
+    failing = engine.subscribe(GradientsReady, lambda event: 1 / 0 if event.optimizer is duel.slow else None)
+    with pytest.raises(ZeroDivisionError):
+        engine.fit(class_batches(8), epochs=1)
+    failing.cancel()
+    duel.generator.requires_grad_(False)
+    made = engine.num_updates
+    engine.fit(class_batches(8, 8), epochs=1)
+    assert (engine.num_updates - made, engine.num_skipped_updates) == (2, 2)
+
+
 def test_a_batch_of_no_samples_counts_for_nothing() -> None:
     """No token to predict: its loss is NaN, and neither the update nor the averages know of it."""
     data = class_batches(8, 8, 8)
