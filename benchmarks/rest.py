@@ -106,7 +106,7 @@ def resuming(*, near: int = 20, far: int = 20_000, rounds: int = 9) -> list[Row]
     for steps in (near, far):
         checkpoint = RunCheckpoint(folder / str(steps), every_steps=far)
         engine(callbacks=[checkpoint]).fit(loader, max_steps=steps)
-        files[steps] = next(iter(checkpoint.files.files())).path
+        files[steps] = next(iter(checkpoint.checkpoints.files())).path
 
     def seconds(steps: int) -> float:
         resumed = engine()

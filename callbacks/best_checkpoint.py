@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 
-from camshaft.engine import Callback, CheckpointError, ConfigurationError, Engine, FitEnd, FitStart
-from camshaft.engine.checkpoint import bare, ensure_writable, load_weights, save_together
-from camshaft.engine.errors import whole_number
+from camshaft.engine import (
+    Callback,
+    CheckpointError,
+    ConfigurationError,
+    Engine,
+    FitEnd,
+    FitStart,
+    ensure_writable,
+    load_weights,
+    save_together,
+    unwrap,
+    whole_number,
+)
 
 from .monitor import Mode, Monitor
 
@@ -83,7 +93,7 @@ class BestCheckpoint(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Watch the value."""
-        if "model" not in engine.modules():
+        if "model" not in engine.parts.modules():
             raise ConfigurationError(
                 "BestCheckpoint needs the model, but the engine has no part named model. "
                 "Write Engine(step, model=model, ...)."
@@ -102,7 +112,7 @@ class BestCheckpoint(Callback):
                     f"Two BestCheckpoints write {self.directory / 'best.pt'}. Pass each a directory of its own."
                 )
             ensure_writable(self.directory, "BestCheckpoint")
-            if (self.directory / "best.pt").exists() and not self.kept and not event.engine.resumes:
+            if (self.directory / "best.pt").exists() and not self.kept and not event.engine.run.is_resuming:
                 logger.warning(
                     "%s is of an earlier run, and this run's best will replace it.", self.directory / "best.pt"
                 )
@@ -152,14 +162,14 @@ class BestCheckpoint(Callback):
         kept = Kept(value, engine.epoch, engine.step, name)
         if self.directory is None:
             if place == 0:
-                self._in_memory = copy.deepcopy(bare(engine.parts["model"]).state_dict())
+                self._in_memory = copy.deepcopy(unwrap(engine.parts["model"]).state_dict())
         elif not self._write(engine, self.directory, kept, is_best=place == 0):
             return
         self.kept.insert(place, kept)
         self._prune()
 
     def _write(self, engine: Engine, directory: Path, kept: Kept, *, is_best: bool) -> bool:
-        weights = bare(engine.parts["model"]).state_dict()
+        weights = unwrap(engine.parts["model"]).state_dict()
         files: dict[Path, Any] = {directory / kept.file: weights} if self.top_k > 1 else {}
         if is_best:
             files[directory / "best.pt"] = weights

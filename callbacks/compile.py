@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitStart
-from camshaft.engine.errors import did_you_mean
+from camshaft.engine import Callback, ConfigurationError, Engine, FitStart, did_you_mean
 
 
 class Compile(Callback):
@@ -43,7 +42,7 @@ class Compile(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Compile the parts; torch does the work when they are first called."""
-        modules = engine.modules()
+        modules = engine.parts.modules()
         for name in self.parts:
             if name not in modules:
                 raise ConfigurationError(
@@ -66,7 +65,9 @@ class Compile(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Refuse a device without a compiler, which torch would notice in the middle of the first step."""
-        if self.options.get("backend", "inductor") == "inductor" and (reason := _reason_against(event.engine.device)):
+        if self.options.get("backend", "inductor") == "inductor" and (
+            reason := _reason_against(event.engine.parts.device)
+        ):
             raise ConfigurationError(f"Compile cannot work here: {reason}")
 
     def __repr__(self) -> str:

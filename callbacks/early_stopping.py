@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart
-from camshaft.engine.errors import is_number, whole_number
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, is_number, whole_number
 
 from .monitor import Mode, Monitor
 

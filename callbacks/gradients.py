@@ -6,9 +6,7 @@ import math
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady
-from camshaft.engine.errors import whole_number
-from camshaft.engine.parameters import held_by
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, parameters_of, whole_number
 
 
 class Accumulate(Callback):
@@ -26,6 +24,7 @@ class Accumulate(Callback):
     """
 
     needs_update = True
+    unique = True
 
     def __init__(self, batches: int | None = None, *, samples: int | None = None) -> None:
         if (batches is None) == (samples is None):
@@ -38,10 +37,7 @@ class Accumulate(Callback):
     def attach(self, engine: Engine) -> None:
         """Set the window of ``engine.update``."""
         super().attach(engine)
-        if engine.update.window_batches > 1 or engine.update.window_samples is not None:
-            raise ConfigurationError("The engine has an Accumulate already. Attach one.")
-        engine.update.window_batches = self.batches or 1
-        engine.update.window_samples = self.samples
+        engine.update.accumulate(batches=self.batches, samples=self.samples)
 
     def __repr__(self) -> str:
         return f"Accumulate(batches={self.batches}, samples={self.samples})"
@@ -73,7 +69,7 @@ class ClipGradients(Callback):
 
     def on_gradients_ready(self, event: GradientsReady) -> None:
         """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
-        parameters = held_by(event.optimizer)
+        parameters = parameters_of(event.optimizer)
         if self.norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.norm)
         elif self.value is not None:

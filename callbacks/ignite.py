@@ -9,8 +9,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from camshaft.engine import Callback, Engine, EngineStateError, Trainer, events
-from camshaft.engine.batch import tree_map
+from camshaft.engine import (
+    NOTHING,
+    BatchReady,
+    Callback,
+    Engine,
+    EngineStateError,
+    EpochEnd,
+    EpochStart,
+    FitEnd,
+    FitStart,
+    GradientsReady,
+    LossReady,
+    RunFailed,
+    Settled,
+    StepEnd,
+    ValidationEnd,
+    ValidationStart,
+    ValidationStepEnd,
+    tree_map,
+)
 
 if TYPE_CHECKING:
     from ignite.engine import Engine as IgniteEngine
@@ -46,6 +64,7 @@ class Ignite(Callback):
 
     >>> import torch
     >>> from ignite.metrics import MeanSquaredError
+    >>> from camshaft.engine import Trainer
     >>> bridge = Ignite()
     >>> MeanSquaredError().attach(bridge.train, "mse")
     >>> model = torch.nn.Linear(2, 1)
@@ -64,29 +83,33 @@ class Ignite(Callback):
         self.train.register_events("gradients_ready", event_to_attr={"gradients_ready": "iteration"})
         self._loss: Tensor | None = None
 
-    def on_fit_start(self, event: events.FitStart) -> None:
+    def on_fit_start(self, event: FitStart) -> None:
         """Fire STARTED."""
-        engine = event.engine
+        engine, run = event.engine, event.engine.run
         self._train.start(
             engine,
             epoch=engine.epoch,
             iteration=engine.step,
-            epoch_length=(engine.plan.epoch_length if engine.plan else None) or engine.epoch_length,
-            max_epochs=None if engine.last_epoch == math.inf else int(engine.last_epoch),
-            max_iters=None if engine.last_step == math.inf else int(engine.last_step),
+            epoch_length=run.epoch_length,
+            max_epochs=None if run.last_epoch == math.inf else int(run.last_epoch),
+            max_iters=None if run.last_step == math.inf else int(run.last_step),
         )
 
-    def on_epoch_start(self, event: events.EpochStart) -> None:
+    def on_epoch_start(self, event: EpochStart) -> None:
         """Fire EPOCH_STARTED, and GET_BATCH_STARTED for the first batch."""
         self._train.start_epoch(event.engine, event.engine.epoch)
 
-    def on_batch_ready(self, event: events.BatchReady) -> Any:
+    def on_batch_ready(self, event: BatchReady) -> Any:
         """Fire GET_BATCH_COMPLETED and ITERATION_STARTED, where a handler may replace ``state.batch``."""
         engine = event.engine
         if engine.stage == "train":  # a resumed run knows its place by its first batch only
-            side, step, place = self._train, engine.step, {"epoch": engine.epoch, "epoch_length": engine.epoch_length}
+            side, step, place = (
+                self._train,
+                engine.step,
+                {"epoch": engine.epoch, "epoch_length": engine.run.epoch_length},
+            )
         elif engine.stage == "val":
-            side, step, place = self._val, engine.validation_step, {"epoch_length": engine.validation_length}
+            side, step, place = self._val, engine.validation_step, {"epoch_length": engine.current.length}
         else:
             return None
         place["iteration"] = step - 1
@@ -94,55 +117,55 @@ class Ignite(Callback):
         side.fire(engine, self._events.ITERATION_STARTED, iteration=step)  # ignite counts the step only now
         return side.state.batch if side.listening else None
 
-    def on_loss_ready(self, event: events.LossReady) -> None:
+    def on_loss_ready(self, event: LossReady) -> None:
         """Keep the loss for `Output`."""
         self._loss = event.loss.detach()
 
-    def on_gradients_ready(self, event: events.GradientsReady) -> None:
+    def on_gradients_ready(self, event: GradientsReady) -> None:
         """Fire the event ``"gradients_ready"``, which ignite itself does not have."""
         self._train.fire(event.engine, "gradients_ready")
 
-    def on_step_end(self, event: events.StepEnd) -> None:
+    def on_step_end(self, event: StepEnd) -> None:
         """Fire ITERATION_COMPLETED."""
         self._train.fire(event.engine, self._events.ITERATION_COMPLETED, output=_output(event, self._loss))
 
-    def on_settled(self, event: events.Settled) -> None:
+    def on_settled(self, event: Settled) -> None:
         """Fire GET_BATCH_STARTED for the next batch of the epoch."""
         engine = event.engine
         if engine.training:
             self._train.obey(engine)  # a handler of a validation in mid-epoch may have terminated the training
-            if engine.epoch_step != engine.epoch_length and engine.step < engine.last_step:
+            if engine.epoch_step != engine.run.epoch_length and not engine.run.ends_epoch:
                 self._train.fire(engine, self._events.GET_BATCH_STARTED)
 
-    def on_validation_start(self, event: events.ValidationStart) -> None:
+    def on_validation_start(self, event: ValidationStart) -> None:
         """Fire STARTED, EPOCH_STARTED and GET_BATCH_STARTED."""
         engine = event.engine
         if self._train.listening:  # ignite knows no validation after terminate()
-            self._val.start(engine, epoch=0, iteration=0, epoch_length=engine.validation_length, max_epochs=1)
+            self._val.start(engine, epoch=0, iteration=0, epoch_length=engine.current.length, max_epochs=1)
             self._val.start_epoch(engine, 1)
 
-    def on_validation_step_end(self, event: events.ValidationStepEnd) -> None:
+    def on_validation_step_end(self, event: ValidationStepEnd) -> None:
         """Fire ITERATION_COMPLETED, and GET_BATCH_STARTED for the next batch."""
         engine = event.engine
         self._val.fire(engine, self._events.ITERATION_COMPLETED, output=_output(event))
-        if engine.validation_step != engine.validation_length:
+        if engine.validation_step != engine.current.length:
             self._val.fire(engine, self._events.GET_BATCH_STARTED)
 
-    def on_validation_end(self, event: events.ValidationEnd) -> None:
+    def on_validation_end(self, event: ValidationEnd) -> None:
         """Fire EPOCH_COMPLETED and COMPLETED."""
         self._val.end_epoch(event.engine, event.metrics)
         self._val.end()
 
-    def on_epoch_end(self, event: events.EpochEnd) -> None:
+    def on_epoch_end(self, event: EpochEnd) -> None:
         """Fire EPOCH_COMPLETED."""
         self._train.end_epoch(event.engine, event.metrics)
 
-    def on_run_failed(self, event: events.RunFailed) -> None:
+    def on_run_failed(self, event: RunFailed) -> None:
         """Fire EXCEPTION_RAISED, on ``val`` too if it was at work; the error goes on whatever handlers do."""
         self._val.fail(event.error)
         self._train.fail(event.error)
 
-    def on_fit_end(self, event: events.FitEnd) -> None:
+    def on_fit_end(self, event: FitEnd) -> None:
         """Fire COMPLETED, unless the run failed."""
         self._train.end()
 
@@ -219,18 +242,17 @@ class _Follower:
                 raise
 
 
-def _output(event: events.StepEnd | events.ValidationStepEnd, loss: Tensor | None = None) -> Any:
-    if not isinstance(event.engine, Trainer):
+def _output(event: StepEnd | ValidationStepEnd, loss: Tensor | None = None) -> Any:
+    target = event.engine.current.target
+    if event.output is None or target is NOTHING:
         return event.output
-    target = event.engine.prepare_batch(event.batch)[1]
     output = Output((tree_map(Tensor.detach, event.output), target))
     output.loss = loss
     return output
 
 
 def _stop_run(engine: Engine) -> bool:
-    engine.stop("a handler of pytorch-ignite called terminate()")
-    return engine.step >= engine.last_step  # not so where the run must go on, for min_epochs
+    return engine.stop("a handler of pytorch-ignite called terminate()")
 
 
 def _refuse_to_run(engine: Any, batch: Any) -> NoReturn:

@@ -7,10 +7,21 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, Trainer
-from camshaft.engine.errors import is_number, whole_number
-from camshaft.engine.order import Data, repeat
-from camshaft.engine.rng import generator_states, own_rng, set_generator_states
+from camshaft.engine import (
+    ConfigurationError,
+    Data,
+    DataError,
+    Engine,
+    StepEnd,
+    SupervisedStep,
+    Trainer,
+    generator_states,
+    is_number,
+    preserve_rng,
+    repeat,
+    set_generator_states,
+    whole_number,
+)
 
 from .placement import Placement
 from .precision import MixedPrecision
@@ -54,28 +65,29 @@ class LearningRateFinder:
         self.losses: list[float] = []
         self.suggestion = math.nan
 
-    def run(self, trainer: Trainer, train: Data) -> float:
+    def run(self, trainer: Engine, train: Data) -> float:
         """Walk through the range on ``train`` and return the suggestion.
 
         Raises:
             DataError: if the loss never fell.
         """
-        if not isinstance(trainer, Trainer):
+        step = trainer.stepper if isinstance(trainer, Engine) else None
+        if not isinstance(step, SupervisedStep):
             raise ConfigurationError(
-                f"LearningRateFinder runs on a Trainer, and got a {type(trainer).__name__}. Pass one."
+                f"LearningRateFinder needs what Trainer(...) returns, and got {_kind(trainer)}. Pass a trainer."
             )
         model, optimizer, loss_fn = copy.deepcopy(
-            (trainer.model, trainer.parts["optimizer"], trainer.parts["loss_fn"])
+            (trainer.parts["model"], trainer.parts["optimizer"], trainer.parts["loss_fn"])
         )  # copied together, so that the optimizer holds the copy's parameters
         callbacks = [
-            Placement(trainer.device),
+            Placement(trainer.parts.device),
             *(MixedPrecision(c.precision) for c in trainer.callbacks if isinstance(c, MixedPrecision)),
         ]
-        scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=trainer.prepare_batch)
+        scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=step.prepare_batch)
         self.learning_rates, self.losses = [], []
         scout.subscribe(StepEnd, self._look)
         states = generator_states(train)
-        with own_rng():
+        with preserve_rng():
             self._set_rate(scout, 0)
             scout.fit(repeat(train), epochs=1, epoch_length=self.num_steps)
         set_generator_states(train, states)
@@ -126,3 +138,9 @@ class LearningRateFinder:
                 "Pass another range, or look at the model and the data."
             )
         return self.learning_rates[falls.index(max(falls))]
+
+
+def _kind(trainer: object) -> str:
+    if isinstance(trainer, Engine):
+        return "an engine with a step of its own"
+    return f"an object of type {type(trainer).__name__}"

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from camshaft.engine import Callback, Engine
-from camshaft.engine.metric import as_metrics
+from camshaft.engine import Callback, Engine, as_metrics
 
 
 class Metrics(Callback):

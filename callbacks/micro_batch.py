@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camshaft.engine import Callback, ConfigurationError, Engine, Trainer, num_samples
-from camshaft.engine.batch import tree_map
-from camshaft.engine.errors import whole_number
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Engine,
+    Step,
+    SupervisedStep,
+    num_samples,
+    tree_map,
+    whole_number,
+)
 
 logger = logging.getLogger("camshaft")
 
@@ -25,7 +32,7 @@ class MicroBatch(Callback):
         num_parts: how many parts to begin with.
 
     Raises:
-        ConfigurationError: if attached to something else than a `Trainer`.
+        ConfigurationError: if attached to an engine that no `Trainer` made.
         torch.OutOfMemoryError: if a single sample does not fit.
     """
 
@@ -33,31 +40,17 @@ class MicroBatch(Callback):
         self.num_parts = whole_number("MicroBatch's num_parts", num_parts, least=1)
 
     def attach(self, engine: Engine) -> None:
-        """Take over the trainer's step."""
-        if not isinstance(engine, Trainer):
-            raise ConfigurationError(
-                "MicroBatch divides a Trainer's step, and this engine has its own. "
-                "Call engine.update(loss, num_samples, whole=num_samples_of_the_batch) for each part."
-            )
+        """Wrap the trainer's step."""
         super().attach(engine)
-        engine.divide = lambda batch: self._train(engine, batch)
+        engine.wrap_step(self._wrapped)
 
-    def _train(self, trainer: Trainer, batch: Any) -> None:
-        total = num_samples(batch)
-        window = tree_map(Tensor.clone, trainer.update.state_dict())  # holds gradients only if one is open
-        while True:
-            try:
-                trainer.train_in_parts(_split(batch, min(self.num_parts, total), total), total)
-                return
-            except torch.OutOfMemoryError:
-                trainer.update.reset()
-                trainer.update.load_state_dict(window)
-                if self.num_parts >= total:
-                    raise
-            self.num_parts *= 2  # outside of the handler, whose traceback holds the tensors of the failed try
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            logger.warning("Out of memory at step %d: batches now come in %d parts.", trainer.step, self.num_parts)
+    def _wrapped(self, step: Step) -> Step:
+        if isinstance(step, SupervisedStep):
+            return _StepInParts(step, self)
+        raise ConfigurationError(
+            "MicroBatch divides the step of a Trainer, and this engine has a step of its own. "
+            "Call engine.update(loss, num_samples, batch_size=num_samples_of_the_batch) for each part."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of parts."""
@@ -69,6 +62,33 @@ class MicroBatch(Callback):
 
     def __repr__(self) -> str:
         return f"MicroBatch({self.num_parts})"
+
+
+class _StepInParts:
+    """A trainer's step that takes a batch in parts."""
+
+    def __init__(self, step: SupervisedStep, settings: MicroBatch) -> None:
+        self.evaluate, self.inputs = step.evaluate, step.inputs
+        self._step = step
+        self._settings = settings
+
+    def train(self, engine: Engine, batch: Any, /) -> None:
+        """Train on a batch in as many parts as it takes."""
+        settings, total = self._settings, num_samples(batch)
+        window = tree_map(Tensor.clone, engine.update.state_dict())  # holds gradients only if one is open
+        while True:
+            try:
+                self._step.train_in_parts(engine, _split(batch, min(settings.num_parts, total), total), total)
+                return
+            except torch.OutOfMemoryError:
+                engine.update.reset()
+                engine.update.load_state_dict(window)
+                if settings.num_parts >= total:
+                    raise
+            settings.num_parts *= 2  # outside of the handler, whose traceback holds the tensors of the failed try
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning("Out of memory at step %d: batches now come in %d parts.", engine.step, settings.num_parts)
 
 
 def _split(batch: Any, num_parts: int, total: int) -> list[Any]:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitStart, ValidationEnd
-from camshaft.engine.errors import did_you_mean
+from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitStart, ValidationEnd, did_you_mean
 
 Mode = Literal["min", "max"]
 
@@ -71,13 +70,14 @@ class Monitor:
 
     def _before_run(self, event: FitStart) -> None:
         engine = event.engine
-        if self.name.startswith("val_") and engine.validates is False:
+        if self.name.startswith("val_") and engine.run.has_validation is False:
             raise ConfigurationError(
                 f'{self.owner} watches "{self.name}", but fit was given no validation data. '
                 f'Pass fit(train, val, ...), or watch "train_{self.name[4:]}".'
             )
-        if not engine.stages.may_have(self.name, validates=engine.validates):
-            raise self._missing(engine.stages.expected(validates=engine.validates))
+        has_validation = engine.run.has_validation
+        if not engine.stages.may_have(self.name, has_validation=has_validation):
+            raise self._missing(engine.stages.expected(has_validation=has_validation))
         if self.mode is None:
             higher = engine.stages.higher_is_better(self.name)
             if higher is None:

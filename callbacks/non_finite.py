@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from camshaft.engine import Callback, DataError, Engine, EpochEnd, FitStart, GradientsReady, LossReady, StepEnd, every
-from camshaft.engine.errors import ConfigurationError, whole_number
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    DataError,
+    Engine,
+    EpochEnd,
+    FitStart,
+    GradientsReady,
+    LossReady,
+    StepEnd,
+    every,
+    whole_number,
+)
 
 
 class StopOnNonFinite(Callback):
@@ -76,17 +87,19 @@ class StopOnNonFinite(Callback):
     def _skip(self, event: GradientsReady) -> None:
         flag = self._flags.pop(event.optimizer, None)
         if flag is not None and flag.any():
-            event.engine.update.skip()
+            event.engine.run.skip_update()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the flags that are still to be read, by optimizer, and the step at which they were read last."""
-        flags = {name: self._flags[part] for name, part in self._engine.optimizers().items() if part in self._flags}
+        flags = {
+            name: self._flags[part] for name, part in self._engine.parts.optimizers().items() if part in self._flags
+        }
         return {"read_at": self._read_at, "flags": flags}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._read_at = state["read_at"]
-        optimizers, device = self._engine.optimizers(), self._engine.device
+        optimizers, device = self._engine.parts.optimizers(), self._engine.parts.device
         self._flags = {optimizers[name]: flag.to(device) for name, flag in state["flags"].items()}
 
     def __repr__(self) -> str:

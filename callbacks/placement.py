@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine
-from camshaft.engine.batch import tree_map
+from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine, tree_map
 
 
 class Placement(Callback):
@@ -31,7 +30,7 @@ class Placement(Callback):
     def attach(self, engine: Engine) -> None:
         """Move the modules; parameters stay the same objects, so an optimizer keeps hold of them."""
         super().attach(engine)
-        for module in engine.modules().values():
+        for module in engine.parts.modules().values():
             if self.channels_last:
                 module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
             else:

@@ -37,12 +37,12 @@ class MixedPrecision(Callback):
         """Put autocast around every forward pass, in training and evaluation."""
         super().attach(engine)
         self.engine = engine
-        engine.around("forward", self._autocast)
+        engine.listeners.around("forward", self._autocast)
         self._first_step = engine.subscribe(StepEnd, self._check_first_step)
 
     def on_fit_start(self, event: FitStart) -> None:
         """Refuse what the device cannot do; give fp16 its scaler."""
-        device = event.engine.device
+        device = event.engine.parts.device
         self._device_type = device.type
         if self.precision == "fp16":
             if device.type == "cpu":
@@ -51,7 +51,7 @@ class MixedPrecision(Callback):
                     'Write MixedPrecision("bf16"), or leave it out.'
                 )
             if event.engine.update.scaler is None:
-                event.engine.update.scaler = torch.amp.GradScaler(device.type)
+                event.engine.update.use_scaler(torch.amp.GradScaler(device.type))
         elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ConfigurationError(
                 f'{torch.cuda.get_device_name(device)} has no bf16. Write MixedPrecision("fp16"), or leave it out.'
@@ -73,7 +73,7 @@ class MixedPrecision(Callback):
     def _autocast(self) -> torch.autocast:
         self._entered = True
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self._device_type or self.engine.device.type, dtype=dtype)
+        return torch.autocast(self._device_type or self.engine.parts.device.type, dtype=dtype)
 
     def __repr__(self) -> str:
         return f"MixedPrecision({self.precision!r})"

@@ -20,8 +20,8 @@ from camshaft.engine import (
     ValidationStart,
     ValidationStepEnd,
     every_seconds,
+    format_values,
 )
-from camshaft.engine.record import format_values
 
 
 class ProgressBar(Callback):
@@ -80,11 +80,11 @@ class ProgressBar(Callback):
         self._write(event.reason)
 
     def _open_epoch(self, event: EpochStart) -> None:
-        self._bars.append(self._new_bar(epoch_title(event.engine), event.engine.epoch_length))
+        self._bars.append(self._new_bar(epoch_title(event.engine), event.engine.run.epoch_length))
 
     def _open_validation(self, event: ValidationStart) -> None:
         self._paint(event)
-        self._bars.append(self._new_bar("  validation", event.engine.validation_length))
+        self._bars.append(self._new_bar("  validation", event.engine.current.length))
 
     def _close_validation(self, event: ValidationEnd) -> None:
         self._bars.pop().close()
@@ -98,18 +98,18 @@ class ProgressBar(Callback):
         engine = event.engine
         validating = isinstance(event, ValidationStepEnd)
         if not self._bars:  # a run resumed in mid-epoch heard no EpochStart
-            self._bars.append(self._new_bar(epoch_title(engine), engine.epoch_length))
+            self._bars.append(self._new_bar(epoch_title(engine), engine.run.epoch_length))
         bar = self._bars[-1]
-        bar.total = engine.validation_length if validating else engine.epoch_length
+        bar.total = engine.current.length if validating else engine.run.epoch_length
         bar.n = engine.validation_step if validating else engine.epoch_step
-        if values := format_values(engine.peek()):
+        if values := format_values(engine.current.peek()):
             bar.set_postfix_str(values, refresh=False)
         bar.refresh()
 
     def _write_step(self, event: StepEnd) -> None:
         engine = event.engine
-        length = f"/{engine.epoch_length}" if engine.epoch_length else ""
-        values = format_values(engine.peek())
+        length = f"/{engine.run.epoch_length}" if engine.run.epoch_length else ""
+        values = format_values(engine.current.peek())
         self._write(f"{epoch_title(engine)}  step {engine.epoch_step}{length}  {values}")
 
     def _new_bar(self, title: str, total: int | None) -> Any:
@@ -145,9 +145,9 @@ def in_notebook() -> bool:
 
 def epoch_title(engine: Engine) -> str:
     """Return ``epoch  3/20``, or ``epoch 3`` in a run without a last epoch."""
-    if engine.last_epoch == math.inf:
+    if engine.run.last_epoch == math.inf:
         return f"epoch {engine.epoch}"
-    last = str(int(engine.last_epoch))
+    last = str(int(engine.run.last_epoch))
     return f"epoch {engine.epoch:{len(last)}}/{last}"
 
 

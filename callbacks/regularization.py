@@ -6,10 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochStart, LossReady
-from camshaft.engine.checkpoint import bare
-from camshaft.engine.errors import is_number, whole_number
-from camshaft.engine.parameters import Selection, held_by, is_weight, select_parameters
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Engine,
+    EpochStart,
+    LossReady,
+    Selection,
+    is_number,
+    is_weight,
+    parameters_of,
+    select_parameters,
+    unwrap,
+    whole_number,
+)
 
 
 class Penalty(Callback):
@@ -79,8 +89,8 @@ class FreezeUntil(Callback):
         """Choose the parameters."""
         super().attach(engine)
         self._chosen = select_parameters(_model(engine, "FreezeUntil"), self._which)
-        if optimizers := engine.optimizers().values():
-            held = {id(parameter) for optimizer in optimizers for parameter in held_by(optimizer)}
+        if optimizers := engine.parts.optimizers().values():
+            held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
             if missing := [name for name, parameter in self._chosen.items() if id(parameter) not in held]:
                 raise ConfigurationError(
                     f"FreezeUntil is to thaw {', '.join(missing[:5])}, which the optimizer does not hold. "
@@ -110,7 +120,7 @@ class FreezeUntil(Callback):
 
 
 def _model(engine: Engine, owner: str) -> nn.Module:
-    model: Any = engine.modules().get("model")
+    model: Any = engine.parts.modules().get("model")
     if model is None:
         raise ConfigurationError(f"{owner} needs the model. Write Engine(step, model=model, ...).")
-    return bare(model)
+    return unwrap(model)

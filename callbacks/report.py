@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from camshaft.engine import Callback, EpochEnd, FitEnd, FitStart
-from camshaft.engine.history import STAGES
+from camshaft.engine import STAGES, Callback, EpochEnd, FitEnd, FitStart, directory_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +40,7 @@ class Report(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
-        self._directory = event.engine.directory_for("Report", self._wanted_directory)
+        self._directory = directory_for(event.engine, "Report", self._wanted_directory)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Keep the newest matrices; a validation's take the place of the training's."""

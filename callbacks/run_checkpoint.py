@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, Settled
-from camshaft.engine.batch import tree_map
-from camshaft.engine.checkpoint import CheckpointDirectory, ensure_writable
-from camshaft.engine.errors import whole_number
-from camshaft.engine.state import run_state
+from camshaft.engine import (
+    BatchReady,
+    Callback,
+    CheckpointDirectory,
+    ConfigurationError,
+    Engine,
+    FitEnd,
+    FitStart,
+    Phase,
+    Settled,
+    StepEnd,
+    ensure_writable,
+    every_seconds,
+    run_state,
+    tree_map,
+    whole_number,
+)
 
 logger = logging.getLogger("camshaft")
 
@@ -42,6 +53,8 @@ class RunCheckpoint(Callback):
         CheckpointError: at the first save, naming the key, if a part or handler keeps what cannot be loaded safely.
     """
 
+    unique = True
+
     def __init__(
         self,
         directory: str | Path,
@@ -63,7 +76,7 @@ class RunCheckpoint(Callback):
             raise ConfigurationError(f"RunCheckpoint has every_seconds={every_seconds}. Pass a number above 0.")
         if on_error not in ("warn", "raise"):
             raise ConfigurationError(f'RunCheckpoint has on_error={on_error!r}. Write "warn" or "raise".')
-        self.files = CheckpointDirectory(Path(directory))
+        self.checkpoints: CheckpointDirectory = CheckpointDirectory(Path(directory))
         self.every_steps = every_steps
         self.every_epochs = every_epochs
         self.every_seconds = every_seconds
@@ -72,50 +85,52 @@ class RunCheckpoint(Callback):
         self.on_error = on_error
         self._writer = _Writer(self._write) if background else None
         self._failures = 0
-        self._saved_at: tuple[int, bool] | None = None
+        self._saved_at: tuple[int, Phase, int] | None = None
         self._owns = False  # whether this object has begun to write in the directory
-        self._clock = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
-        """Tell the engine where its checkpoints lie."""
-        if engine.checkpoints is not None:
-            raise ConfigurationError(f"The engine has checkpoints in {engine.checkpoints.path} already. Attach one.")
+        """Look at the data and at the clock, too."""
         super().attach(engine)
-        engine.checkpoints = self.files
+        self._first_batch = engine.subscribe(BatchReady, self._say_exactness)
+        if self.every_seconds is not None:
+            engine.subscribe(StepEnd, lambda event: event.engine.run.save(), when=every_seconds(self.every_seconds))
 
     def on_fit_start(self, event: FitStart) -> None:
         """Look whether the directory can be written and is this run's."""
-        ensure_writable(self.files.path, "RunCheckpoint")
-        self.files.sweep()
-        if self.files.files() and not self._owns and not event.engine.resumes:
+        ensure_writable(self.checkpoints.path, "RunCheckpoint")
+        self.checkpoints.sweep()
+        if self.checkpoints.files() and not self._owns and not event.engine.run.is_resuming:
             raise ConfigurationError(
-                f"{self.files.path} holds checkpoints of an earlier run. "
+                f"{self.checkpoints.path} holds checkpoints of an earlier run. "
                 'Go on with it by fit(..., resume="auto"), or pass another directory.'
             )
         self._owns = True
         self._saved_at = None
-        self._clock = time.monotonic()
 
     def on_settled(self, event: Settled) -> None:
         """Save if it is due."""
         engine = event.engine
-        here = (engine.step, engine.epoch_is_open)
+        here = (engine.step, engine.run.phase, engine.num_validations)
         if here != self._saved_at and self._is_due(engine):
             self._saved_at = here
-            self._clock = time.monotonic()
-            self._save(engine, is_last=engine.is_over())
+            self._save(engine, is_last=engine.run.is_over)
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Wait for a write in the background."""
         if self._writer is not None and (error := self._writer.wait()) is not None:
             self._failed(error, is_last=True)
 
+    def _say_exactness(self, event: BatchReady) -> None:
+        """Log, once, how exactly the run could be resumed: its data are known now."""
+        if event.engine.training:
+            self._first_batch.cancel()
+            exactness = event.engine.run.feed.exactness()
+            logger.info("Resumed in the middle of an epoch, this run would be: %s.", exactness)
+
     def _is_due(self, engine: Engine) -> bool:
-        if engine.is_over():
+        if engine.run.is_over or engine.run.save_is_due:
             return True
-        if self.every_seconds is not None and time.monotonic() - self._clock >= self.every_seconds:
-            return True
-        if engine.epoch_is_open:
+        if engine.run.phase is not Phase.BETWEEN:
             return self.every_steps is not None and engine.step % self.every_steps == 0
         return self.every_epochs is not None and engine.epoch % self.every_epochs == 0
 
@@ -135,23 +150,23 @@ class RunCheckpoint(Callback):
             self._failures = 0
 
     def _write(self, state: dict[str, Any], step: int) -> None:
-        self.files.save(state, step)
-        self.files.prune(self.keep, self.keep_every)
+        self.checkpoints.save(state, step)
+        self.checkpoints.prune(self.keep, self.keep_every)
 
     def _failed(self, error: OSError, *, is_last: bool) -> None:
         self._failures += 1
         if is_last or self._failures >= 3 or self.on_error == "raise":
             raise error
-        newest = next(iter(self.files.files()), None)
+        newest = next(iter(self.checkpoints.files()), None)
         logger.warning(
             "A checkpoint could not be written in %s: %s. Training goes on; %s.",
-            self.files.path,
+            self.checkpoints.path,
             error.strerror or error,
             f"{newest.path.name} is still good" if newest else "there is none yet",
         )
 
     def __repr__(self) -> str:
-        return f"RunCheckpoint({str(self.files.path)!r}, keep={self.keep})"
+        return f"RunCheckpoint({str(self.checkpoints.path)!r}, keep={self.keep})"
 
 
 class _Writer:

@@ -21,10 +21,19 @@ from typing import Any
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitEnd, FitStart, ValidationEnd
-from camshaft.engine.checkpoint import ensure_writable, write_durably
-from camshaft.engine.history import values_of
-from camshaft.engine.record import format_values
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Engine,
+    EpochEnd,
+    FitEnd,
+    FitStart,
+    ValidationEnd,
+    ensure_writable,
+    format_values,
+    values_of,
+    write_durably,
+)
 
 from .progress import ProgressBar, epoch_line
 
@@ -52,20 +61,52 @@ class RunDirectory(Callback):
         ConfigurationError: at construction, if the directory cannot be written.
     """
 
+    unique = True
+
     def __init__(self, root: str | Path = "runs", *, settings: object = None, terminal: bool = True) -> None:
         self.settings = _as_dict(settings)
         self.terminal = terminal
-        self.path = _make_directory(Path(root))
+        self.run_directory: Path = _make_directory(Path(root))
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.run_directory
 
     def attach(self, engine: Engine) -> None:
-        """Tell the engine where to write."""
-        if engine.directory is not None:
-            raise ConfigurationError(f"The engine writes in {engine.directory} already. Attach one RunDirectory.")
+        """Log every fit into a file."""
         super().attach(engine)
-        engine.directory = self.path
+        self._describe()
+        engine.listeners.around("fit", lambda: self._logging(engine))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the name of the directory within ``root``."""
+        return {"name": self.path.name}
+
+    def before_resume(self, state: dict[str, Any]) -> None:
+        """Go on in the directory of the run that is resumed, if it is still within ``root``."""
+        name = state.get("name")
+        earlier = self.path.with_name(name) if isinstance(name, str) and _is_plain(name) else None
+        if earlier is None or not earlier.is_dir():
+            logger.warning("The directory of the resumed run is not in %s. The run goes on in %s.",
+                           self.path.parent, self.path)  # fmt: skip
+            return
+        if earlier != self.path:
+            self._remove_new_directory()
+            self.run_directory = earlier
+            self._describe()
+
+    def _describe(self) -> None:
+        """Write down the settings, and what the run runs on."""
         self._write("settings.json", json.dumps(self.settings, indent=2, default=str) + "\n")
         self._write("environment.json", json.dumps(environment(), indent=2) + "\n")
-        engine.around("fit", lambda: self._logging(engine))
+
+    def _remove_new_directory(self) -> None:
+        """Remove the directory that was made for a new run, unless somebody else has written in it."""
+        for name in ("settings.json", "environment.json"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def on_fit_start(self, event: FitStart) -> None:
         """Log the settings; write down what will run in which order."""
@@ -76,7 +117,7 @@ class RunDirectory(Callback):
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Log a validation in mid-epoch, and write all of them; the others are in the epoch's line."""
         validations = event.engine.history.validations
-        if event.engine.in_mid_epoch:
+        if not event.engine.run.data_exhausted:
             epoch_logger.info("step %d  %s", event.engine.step, format_values(values_of(validations[-1])))
             self._write_table("validations.csv", validations)
 
@@ -199,6 +240,11 @@ def _make_directory(root: Path) -> Path:
             number += 1
         else:
             return path
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a name is one of a directory in its parent, and nothing that leads elsewhere."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _as_dict(settings: object) -> dict[str, Any]:

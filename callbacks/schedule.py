@@ -11,8 +11,20 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, Subscription, UpdateEnd
-from camshaft.engine.errors import can_take, did_you_mean, is_number, whole_number
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Engine,
+    EpochEnd,
+    FitStart,
+    StepEnd,
+    Subscription,
+    UpdateEnd,
+    can_take,
+    did_you_mean,
+    is_number,
+    whole_number,
+)
 
 from .monitor import Monitor
 
@@ -110,7 +122,7 @@ class Schedule(Callback):
         return "scheduler" if self.optimizer == "optimizer" else f"{self.optimizer}_scheduler"
 
     def _find_optimizer(self, engine: Engine) -> None:
-        optimizers = engine.optimizers()
+        optimizers = engine.parts.optimizers()
         if not optimizers:
             raise ConfigurationError("Schedule needs the optimizer. Write Engine(step, optimizer=optimizer, ...).")
         if self.scheduler is not None:
@@ -148,10 +160,10 @@ class Schedule(Callback):
 
     def _make_for_run(self, event: FitStart) -> None:
         engine = event.engine
-        total = engine.planned(self.per)
+        total = engine.update.num_planned(engine.run) if self.per == "update" else engine.run.num_planned(self.per)
         if total is None:
             why = "its data, or the windows of Accumulate, have no set length"
-            if engine.validates is None:
+            if engine.run.has_validation is None:
                 why = "a loop of your own shows its data only later"
             raise ConfigurationError(
                 f"Schedule cannot know how many {self.per}s this run is to make: {why}. "

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from camshaft.engine import Callback, Engine, EpochEnd, ValidationEnd
-from camshaft.engine.history import values_of
-from camshaft.engine.record import scalars
+from camshaft.engine import Callback, Engine, EpochEnd, ValidationEnd, directory_for, scalars, values_of
 
 logger = logging.getLogger("camshaft")
 
@@ -40,7 +38,7 @@ class TensorBoard(Callback):
     def attach(self, engine: Engine) -> None:
         """Open the event file for the length of each fit."""
         super().attach(engine)
-        engine.around("fit", lambda: self._open(engine))
+        engine.listeners.around("fit", lambda: self._open(engine))
 
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Write the validation's values, and in mid-epoch those of the training since the one before."""
@@ -77,7 +75,7 @@ class TensorBoard(Callback):
 
     @contextmanager
     def _open(self, engine: Engine) -> Iterator[None]:
-        directory = engine.directory_for("TensorBoard", self._wanted_directory, within="tensorboard")
+        directory = directory_for(engine, "TensorBoard", self._wanted_directory, within="tensorboard")
         name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{engine.num_fits}"
         with open(directory / name, "ab", buffering=0) as file:  # each record is there at once
             self._file = cast("BinaryIO", file)

@@ -10,13 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, Trainer, UpdateEnd
-from camshaft.engine.batch import call_model, tree_map
-from camshaft.engine.checkpoint import bare
-from camshaft.engine.errors import is_number, whole_number
-from camshaft.engine.order import Data, check_data, one_pass
-from camshaft.engine.parameters import held_by
-from camshaft.engine.rng import own_rng
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Data,
+    Engine,
+    FitEnd,
+    FitStart,
+    UpdateEnd,
+    call_model,
+    check_data,
+    is_number,
+    one_pass,
+    parameters_of,
+    prepare_batch,
+    preserve_rng,
+    tree_map,
+    unwrap,
+    whole_number,
+)
 
 Rule = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 
@@ -41,6 +53,9 @@ class WeightAverage(Callback):
     Raises:
         ConfigurationError: for settings that cannot work.
     """
+
+    needs_update = True
+    unique = True
 
     def __init__(
         self,
@@ -71,26 +86,22 @@ class WeightAverage(Callback):
         self._num_updates = 0  # of the model: a run may update other modules, too
         self._of_model: set[torch.optim.Optimizer] = set()
 
-    needs_update = True
-
     def attach(self, engine: Engine) -> None:
         """Use the average in every evaluation."""
-        if "model" not in engine.modules():
+        if "model" not in engine.parts.modules():
             raise ConfigurationError("WeightAverage needs the model. Write Engine(step, model=model, ...).")
-        if any(isinstance(callback, WeightAverage) for callback in engine.callbacks):
-            raise ConfigurationError("The engine has a WeightAverage already. Attach one.")
         super().attach(engine)
-        engine.around("evaluation", lambda: self._swapped(engine))
+        engine.listeners.around("evaluation", lambda: self._swapped(engine))
 
     def on_fit_start(self, event: FitStart) -> None:
         """Make the average, a copy of the model where it is by now; a resumed run loads it afterwards."""
         parts = event.engine.parts
         own = {id(parameter) for parameter in parts["model"].parameters()}
-        optimizers = event.engine.optimizers().values()
-        self._of_model = {one for one in optimizers if any(id(parameter) in own for parameter in held_by(one))}
+        optimizers = event.engine.parts.optimizers().values()
+        self._of_model = {one for one in optimizers if any(id(parameter) in own for parameter in parameters_of(one))}
         if "weight_average" not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()
-            average = AveragedModel(bare(parts["model"]), multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
+            average = AveragedModel(unwrap(parts["model"]), multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
             parts["weight_average"] = average.requires_grad_(False)
 
     def on_update_end(self, event: UpdateEnd) -> None:
@@ -100,7 +111,7 @@ class WeightAverage(Callback):
         self._num_updates += 1
         number = self._num_updates - self.start
         if number > 0 and number % self.every == 0:
-            event.engine.parts["weight_average"].update_parameters(bare(event.engine.parts["model"]))
+            event.engine.parts["weight_average"].update_parameters(unwrap(event.engine.parts["model"]))
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Compute the batch-norm statistics and load the average, if asked to."""
@@ -109,10 +120,10 @@ class WeightAverage(Callback):
         if average is None or not average.n_averaged:
             return
         if self.batch_norm_data is not None:
-            with own_rng(), torch.no_grad():
-                _compute_statistics(engine, average.module, self.batch_norm_data)
+            with preserve_rng(), torch.no_grad(), self._swapped(engine):
+                _compute_statistics(engine, unwrap(engine.parts["model"]), self.batch_norm_data)
         if self.load_at_end:
-            bare(engine.parts["model"]).load_state_dict(average.module.state_dict())
+            unwrap(engine.parts["model"]).load_state_dict(average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of the model's updates; the average is a part of the run."""
@@ -128,7 +139,7 @@ class WeightAverage(Callback):
         if average is None or not average.n_averaged:
             yield
             return
-        model = bare(engine.parts["model"])
+        model = unwrap(engine.parts["model"])
         _swap(model, average.module)
         try:
             yield
@@ -173,8 +184,8 @@ def _compute_statistics(engine: Engine, module: nn.Module, data: Data) -> None:
         norm.momentum = None  # a plain average over all batches
     module.train()
     for batch in one_pass(data) if norms else ():
-        inputs = engine.prepare_batch(batch)[0] if isinstance(engine, Trainer) else batch
-        call_model(module, tree_map(lambda tensor: tensor.to(engine.device), inputs))
+        inputs = prepare_batch(batch)[0] if engine.stepper is None else engine.stepper.inputs(batch)
+        call_model(module, tree_map(lambda tensor: tensor.to(engine.parts.device), inputs))
     module.train(training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

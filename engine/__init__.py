@@ -1,7 +1,11 @@
-"""The engine: the loop, its events, and what every run is made of. It knows no handler."""
+"""The engine: the loop, its events, and what every run is made of. It knows no handler.
 
-from .batch import num_samples, prepare_batch
+The first names are for everybody; those after `CheckpointError` are for authors of handlers, see docs/handlers.md.
+"""
+
+from .batch import call_model, first_tensor, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
+from .checkpoint import CheckpointDirectory
 from .dispatch import Subscription
 from .engine import Engine
 from .errors import (
@@ -11,6 +15,10 @@ from .errors import (
     DataError,
     EngineStateError,
     HandlerError,
+    can_take,
+    did_you_mean,
+    is_number,
+    whole_number,
 )
 from .events import (
     BatchReady,
@@ -29,12 +37,20 @@ from .events import (
     ValidationStart,
     ValidationStepEnd,
 )
-from .history import History
+from .feed import Data, check_data, one_pass, repeat
+from .files import directory_for, ensure_writable, save_together, write_durably
+from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy
-from .order import repeat
-from .parameters import decay_groups
-from .record import AverageMeter
+from .metric import as_metrics
+from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters
+from .record import AverageMeter, format_values, scalars
+from .rng import generator_states, preserve_rng, set_generator_states
+from .run import Phase, Run
+from .stages import NOTHING, CurrentStage
+from .state import run_state
+from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
+from .weights import load_weights, unwrap
 from .when import after, at, every, every_seconds, until
 
 __all__ = [
@@ -74,6 +90,45 @@ __all__ = [
     "ConfigurationError",
     "HandlerError",
     "DataError",
-    "CheckpointError",
     "EngineStateError",
+    "CheckpointError",
+    # For authors of handlers.
+    "did_you_mean",
+    "is_number",
+    "whole_number",
+    "can_take",
+    "Run",
+    "Phase",
+    "CurrentStage",
+    "NOTHING",
+    "Step",
+    "FunctionStep",
+    "SupervisedStep",
+    "tree_map",
+    "first_tensor",
+    "call_model",
+    "outline",
+    "Data",
+    "check_data",
+    "one_pass",
+    "Selection",
+    "is_weight",
+    "parameters_of",
+    "select_parameters",
+    "unwrap",
+    "load_weights",
+    "as_metrics",
+    "scalars",
+    "format_values",
+    "values_of",
+    "STAGES",
+    "directory_for",
+    "ensure_writable",
+    "write_durably",
+    "save_together",
+    "CheckpointDirectory",
+    "run_state",
+    "preserve_rng",
+    "generator_states",
+    "set_generator_states",
 ]

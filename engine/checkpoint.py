@@ -1,167 +1,24 @@
-"""Files that are never half there, a directory of them of which one is always good, and bare weights."""
+"""A directory of verified checkpoints, of which a good one is never lost."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .batch import tree_map
-from .errors import CheckpointError, ConfigurationError
+from .errors import CheckpointError
+from .files import write_durably
 
 logger = logging.getLogger("camshaft")
-
-
-def write_durably(
-    path: Path, write: Callable[[BinaryIO], object], *, final: Callable[[str], Path] | None = None
-) -> Path:
-    """Write a file so that after a crash at any moment its name holds the old content or the new, whole.
-
-    A temporary file in the same directory is written, flushed and synced; it then takes the name in one
-    step, and the directory is synced.
-
-    Args:
-        path: the name, or what the temporary file's name is made of if ``final`` tells the name.
-        write: writes the content into an open file.
-        final: the name, given the SHA-256 of the content.
-
-    Raises:
-        OSError: if the disk is full or the directory cannot be written; what was there is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            hashing = _HashingFile(file)
-            write(cast("BinaryIO", hashing))
-            file.flush()
-            os.fsync(file.fileno())
-        path = path if final is None else final(hashing.digest.hexdigest())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save hides a full disk behind an internal error
-        raise
-    sync_directory(path.parent)
-    return path
-
-
-class _HashingFile:
-    """A file that is only written to, and the SHA-256 of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames and removals in ``directory`` durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(path: Path, value: Any) -> None:
-    """Write ``value`` with ``torch.save``, durably; tensors go to the CPU first, so that it loads anywhere."""
-    save_together({path: value})
-
-
-def save_together(values: dict[Path, Any]) -> None:
-    """Write several files of one moment: none takes its name before all of them are whole and on the disk."""
-    temporaries: dict[Path, Path] = {}
-    try:
-        for path, value in values.items():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.ready")
-            temporaries[path] = temporary
-            on_cpu = tree_map(Tensor.cpu, value)
-            write_durably(temporary, lambda file, on_cpu=on_cpu: torch.save(on_cpu, file))  # type: ignore[misc]  # bound now
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in temporaries.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise
-    for directory in {path.parent for path in values}:
-        sync_directory(directory)
-
-
-def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None:
-    """Load a plain state dict into the bare model, or nothing at all.
-
-    Raises:
-        CheckpointError: naming the first five differences, if the weights are of another architecture.
-    """
-    target = bare(model)
-    if differences := weight_differences(target, weights):
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise CheckpointError(
-            f"{source} is of another architecture: {'; '.join(differences[:5])}{more}. "
-            "Build the model as it was when the file was written; nothing was loaded."
-        )
-    target.load_state_dict(weights)
-
-
-def weight_differences(model: nn.Module, weights: dict[str, Any]) -> list[str]:
-    """Return, in words, where a state dict differs from the model's in names or shapes."""
-    own = model.state_dict()
-    differences = [f"{name} is missing" for name in own if name not in weights]
-    differences += [f"{name} is unknown to the model" for name in weights if name not in own]
-    shared = {name: value for name, value in weights.items() if isinstance(own.get(name), Tensor)}
-    differences += [
-        f"{name} has shape {list(value.shape)}, the model's has {list(own[name].shape)}"
-        for name, value in shared.items()
-        if value.shape != own[name].shape
-    ]
-    return differences
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Return the model itself, out of any DataParallel, DistributedDataParallel or compiled wrapper."""
-    while True:
-        wrapped = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            wrapped = model.module
-        if not isinstance(wrapped, nn.Module):
-            return model
-        model = wrapped
-
-
-def ensure_writable(directory: Path, owner: str) -> None:
-    """Make the directory if need be and try to write in it.
-
-    Raises:
-        ConfigurationError: naming the directory and who wanted it, if that fails.
-    """
-    probe = directory / f".probe.{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{owner} cannot write in {directory}: {error.strerror}. Pass a directory that can be written."
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from .errors import HandlerError
 from .events import Event, known_events
-from .when import NEVER, Always, When, as_when
+from .when import NEVER, Always, When
 
 E = TypeVar("E", bound=Event)
 Handler = Callable[[E], object]
@@ -50,7 +50,7 @@ class Subscription(Generic[E]):
         return self.when(count)
 
     def __repr__(self) -> str:
-        return f"{self._channel.event.__name__} -> {describe(self.handler)}{_when_text(self.when)}"
+        return f"{self._channel.event.__name__} -> {describe(self.handler)}{when_text(self.when)}"
 
 
 def _nothing(event: object) -> None:
@@ -148,55 +148,6 @@ class Channel(Generic[E]):
             )
 
 
-class Dispatch:
-    """One channel for each event that anyone asked about."""
-
-    def __init__(self) -> None:
-        self._channels: dict[type[Event], Channel[Any]] = {}
-
-    def channel(self, event: type[E]) -> Channel[E]:
-        """Return the event's channel, made on first request.
-
-        Raises:
-            HandlerError: if ``event`` is not an event class.
-        """
-        channel = self._channels.get(event)
-        if channel is None:
-            _check_event(event)
-            channel = self._channels[event] = Channel(event)
-        return channel
-
-    def subscribe(self, event: type[E], handler: Handler[E], when: object = None) -> Subscription[E]:
-        """Check the handler, then attach it.
-
-        Raises:
-            HandlerError: if ``event`` is no event class or the handler cannot be called with one event.
-            ConfigurationError: if ``when`` is no filter.
-        """
-        channel = self.channel(event)
-        _check_handler(event, handler)
-        return channel.add(handler, as_when(when))
-
-    def rewind(self) -> None:
-        """Ask every filter afresh."""
-        for channel in self._channels.values():
-            channel.rewind()
-
-    def explain(self) -> str:
-        """Return what runs, when and in what order, an event a paragraph, in firing order."""
-        order = list(known_events().values())
-        heard = [channel for channel in self._channels.values() if channel.subscriptions]
-        heard.sort(key=lambda channel: order.index(channel.event) if channel.event in order else len(order))
-        lines: list[str] = []
-        for channel in heard:
-            lines.append(channel.event.__name__)
-            lines += [
-                f"  {position}. {describe(s.handler)}{_when_text(s.when)}  {location(s.handler)}".rstrip()
-                for position, s in enumerate(channel.subscriptions, start=1)
-            ]
-        return "\n".join(lines) or "No event has a handler."
-
-
 def describe(handler: object) -> str:
     """Return a handler's name as a person would say it.
 
@@ -221,11 +172,17 @@ def location(handler: object) -> str:
     return f"{code.co_filename if path.startswith('..') else path}:{code.co_firstlineno}"
 
 
-def _when_text(when: When) -> str:
+def when_text(when: When) -> str:
+    """Return a filter as `explain` shows it; nothing for a handler that always runs."""
     return "" if isinstance(when, Always) else f"  {when!r}"
 
 
-def _check_event(event: object) -> None:
+def check_event(event: object) -> None:
+    """Refuse what is not an event class.
+
+    Raises:
+        HandlerError: with the names of the events.
+    """
     if isinstance(event, type) and issubclass(event, Event) and event is not Event:
         return
     names = ", ".join(known.__name__ for known in known_events().values())
@@ -234,7 +191,12 @@ def _check_event(event: object) -> None:
     raise HandlerError(f"{event!r} is not an event class. Subscribe to one of: {names}.")
 
 
-def _check_handler(event: type[Event], handler: object) -> None:
+def check_handler(event: type[Event], handler: object) -> None:
+    """Refuse a handler that could not be called with one event.
+
+    Raises:
+        HandlerError: with how to write it.
+    """
     name = describe(handler)
     should = f'Write "def {getattr(handler, "__name__", "handler")}(event: {event.__name__})".'
     if isinstance(handler, type) or not callable(handler):

@@ -2,63 +2,87 @@
 
 `Engine.fit` is all of it. `Engine.epochs`, `Engine.train` and `Engine.validate` are its parts, and the script
 style: your own two loops over the same events.
+
+Longer than other files, because the order in which a run does things is what one reads it for: it is all here, and
+what it is made of is not.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
+from .batch import call_model, concatenate, tree_map
 from .callback import Callback, check_callbacks
-from .errors import ConfigurationError, DataError, EngineStateError
+from .dispatch import Subscription
+from .errors import ConfigurationError, DataError, EngineStateError, whole_number
 from .events import (
     BatchReady,
+    EpochEnd,
+    EpochStart,
+    Event,
+    FitEnd,
+    FitStart,
+    RunFailed,
     Settled,
     StepEnd,
     ValidationEnd,
     ValidationStart,
     ValidationStepEnd,
 )
+from .feed import Data, Feed, check_data, empty_message, num_batches, one_pass
 from .history import History
-from .order import Data, Pass, SeededLoader, check_data, empty_message, exactness, num_batches, one_pass
+from .listeners import Listeners, Scope
+from .parts import Parts
 from .plan import Plan
-from .record import Record, prefixed, scalars
-from .rng import own_rng
-from .run import Run
-from .when import NEVER
+from .record import prefixed, scalars
+from .renamed import refuse_old_names
+from .rng import preserve_rng, seed_everything
+from .run import NO_RUN, Phase, Run
+from .signals import handled_signals
+from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
+from .state import find_state, load_state
+from .step import FunctionStep, Step, StepFunction, StepOutput
+from .update import Update
 
-StepOutput = Tensor | Mapping[str, Any] | None
-StepFunction = Callable[["Engine", Any], StepOutput]
+E = TypeVar("E", bound=Event)
 
 logger = logging.getLogger("camshaft")
 
 
-class Engine(Run):
+@refuse_old_names
+@final
+class Engine:
     """Runs training and validation, and announces each moment as an event.
 
     Args:
         step: ``step(engine, batch)``, called with each batch; ``engine.training`` tells training from
             validation. It returns what to record: None, a tensor (recorded as ``loss``) or ``{name: tensor}``.
-            None as step is for the script style, where your own loop does the work.
+            Or a `Step`. None is for the script style, where your own loop does the work.
         callbacks: handlers, attached in this order.
         seed: seeds python, numpy and torch when the first run begins; None leaves them alone.
         parts: the named objects of the run, such as ``model=`` and ``optimizer=``.
 
     Attributes:
-        epoch, step, num_validations, num_updates: counters, 1-based. During the first step ``step`` is 1.
-        epoch_step, validation_step: the step's number within its epoch or its validation.
-        stage: "train", "val", "test", "predict", or "" between them.
-        batch, output: the present batch, and what the model or the step made of it.
+        epoch, step, num_fits, num_validations, num_updates, num_skipped_updates: what was done so far, also in earlier
+            runs. Counted from 1: during the first step ``step`` is 1.
+        validation_step: the number of the present batch within its validation.
+        parts: the named objects, a `Parts`.
         history: the `History` of all runs of this engine.
-        parts: the named objects of the run.
-        directory: where handlers write what a run leaves behind; None writes nothing.
+        stages: what each stage records, a `Stages`.
+        current: the stage that is running now, with its batch, a `CurrentStage`.
+        run: the present `Run`; outside a run it refuses whatever is asked of it.
+        update: ``engine.update(loss)``, an `Update`.
+        stepper: what is done with a batch, a `Step`; None in the script style.
+        listeners: who hears the events, a `Listeners`.
+        seed: as given.
 
     >>> engine = Engine(lambda engine, batch: {"loss": batch.mean()})
     >>> engine.fit([torch.ones(4, 1), torch.zeros(2, 1)], epochs=1)["train_loss"]
@@ -67,21 +91,27 @@ class Engine(Run):
 
     def __init__(
         self,
-        step: StepFunction | None = None,
+        step: StepFunction | Step | None = None,
         *,
         callbacks: Iterable[Callback] = (),
         seed: int | None = None,
         **parts: Any,
     ) -> None:
-        if step is not None and not callable(step):
-            raise ConfigurationError(f"step is {step!r}, not a function. Write def step(engine, batch): ...")
-        super().__init__(seed, parts)
-        self._step_function = step
-        self._seeded: SeededLoader | None = None
-        self._said_exactness = False
-        self._batch_ready = self.dispatch.channel(BatchReady)
-        self._settled = self.dispatch.channel(Settled)
-        self._validation_step_end = self.dispatch.channel(ValidationStepEnd)
+        self.seed = None if seed is None else whole_number("seed", seed, least=0)
+        self.stepper: Step | None = step if step is None or isinstance(step, Step) else FunctionStep(step)
+        self.epoch = self.step = self.validation_step = 0
+        self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
+        self.parts = Parts(parts)
+        self.history = History()
+        self.stages = Stages()
+        self.current = CurrentStage()
+        self.run: Run = NO_RUN
+        self.listeners = Listeners(self)
+        self.update = Update(self.parts, self.listeners, self)
+        self._batch_ready = self.listeners.channel(BatchReady)
+        self._step_end = self.listeners.channel(StepEnd)
+        self._settled = self.listeners.channel(Settled)
+        self._validation_step_end = self.listeners.channel(ValidationStepEnd)
         for callback in check_callbacks(callbacks):
             self.attach(callback)
 
@@ -105,8 +135,8 @@ class Engine(Run):
         (``validate_every``) is described at `Plan`; for a resumed run, ``epochs`` and ``max_steps`` count from where
         the run that is resumed began.
 
-        A second call goes on from where the first stopped, with the counters running on. A signal (SIGTERM, SIGUSR1,
-        Ctrl-C) ends the run behind the present step; ``history.exit_code`` tells.
+        A second call goes on from where the first stopped; the counters continue. A signal (SIGTERM, SIGUSR1, Ctrl-C)
+        ends the run after the present step; ``history.exit_code`` tells.
 
         ``train`` and ``val`` are iterables of batches, or functions that return one. ``resume`` is "auto" for the
         newest checkpoint of the attached `RunCheckpoint`, or a fresh start if there is none; or the path of a
@@ -117,23 +147,22 @@ class Engine(Run):
                 be known.
         """
         plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every)
-        self._expect(plan, train, val)
-        loop, step = self._run(plan, resume), self._bound_step()
+        feed, step = self._expect(plan, train, val)
+        loop = self._epochs(plan, feed, has_validation=val is not None, resume=resume)
         try:
             for _ in loop:
-                if self._validation_was_cut_short(plan):
-                    self._validate(val)
+                self._repeat_cut_validation(val)
                 next_validation = plan.next_validation(self.step)
                 for batch in self.train(train):
                     if (output := step(batch)) is not None:
-                        self._take(output)
+                        self._record_output(output)
                     if self.step >= next_validation and plan.validates_after_step(self.step):
                         next_validation = plan.next_validation(self.step)
                         self._validate(val)
                 if plan.validates_after_epoch(self.epoch):
                     self._validate(val)
         except BaseException as error:
-            loop.throw(error)  # the run ends inside, where RunFailed and FitEnd are fired; it raises the same
+            loop.throw(error)  # the run ends inside, where RunFailed and FitEnd are announced; it raises the same
         return self.history
 
     def epochs(
@@ -145,13 +174,14 @@ class Engine(Run):
         resume: str | Path | None = None,
     ) -> Iterator[int]:
         """Run epochs in your own loop: ``for epoch in engine.epochs(20): ...``; yields the epoch's number."""
-        self.epoch_length = self.validation_length = None  # known once the data are seen
-        return self._run(Plan(epochs, max_steps, min_epochs), resume)
+        return self._epochs(Plan(epochs, max_steps, min_epochs), Feed(self.seed), has_validation=None, resume=resume)
 
     def train(self, data: Data) -> Iterator[Any]:
-        """Yield each training batch; what stands in the loop's body is the step."""
-        batches = self._begin_training(data)
+        """Yield each training batch; the loop body is the training step."""
+        run = self._require_run("train")
+        batches = self._begin_training(run, data)
         batch_ready, step_end, settled = self._batch_ready, self._step_end, self._settled
+        self.current = stage = run.stage
         step, reading = self.step, True
         try:
             for batch in batches:
@@ -159,86 +189,331 @@ class Engine(Run):
                 self.step = step = step + 1
                 if step >= batch_ready.due:
                     batch = batch_ready.transform(lambda batch: BatchReady(self, batch), batch, step)
-                self.batch, self.output = batch, None
+                stage.batch, stage.output = batch, None
                 yield batch
-                if step >= step_end.due and step > self._ended_step:  # a validation in the loop's body has ended it
-                    self._ended_step = step
-                    step_end.emit(StepEnd(self, batch, self.output), step)
-                if step >= settled.due:
-                    settled.emit(Settled(self), step)
-                if step >= self._end_of_epoch and self._epoch_is_over():
-                    break
+                if step >= step_end.due and step > run.ended_step:  # a validation in the loop's body has ended it
+                    run.ended_step = step
+                    step_end.emit(StepEnd(self, batch, stage.output), step)
+                if step >= run.due or step >= settled.due:
+                    if step >= run.due:
+                        run.settle(self.epoch, step)
+                    if step >= settled.due:
+                        settled.emit(Settled(self), step)
+                    if run.ends_epoch:
+                        break
                 reading = True
         except Exception as error:
             if reading:
-                self._add_reading_note(error, self.epoch_step + 1)
+                self._add_reading_note(error, "train", self.epoch_step + 1)
             raise
         finally:
-            self.stage, self._record = "", None
-        self._end_training(data)
+            self.current = CurrentStage()
+        self._end_training(run, data)
 
     def validate(self, data: Data) -> Iterator[Any]:
-        """Yield each validation batch, in eval mode and without gradients; training resumes unchanged."""
-        self._require_run("validate")
-        self._end_step()
+        """Yield each validation batch, in eval mode and without gradients; training goes on unchanged afterwards."""
+        run = self._require_run("validate")
+        self._end_step(run)
+        if not run.begin_validation(in_step=self.current is run.stage):
+            return
         self.num_validations += 1
         step_end = self._validation_step_end
         step_end.rewind()  # its counter starts anew
-        with self._evaluating("val") as record:
-            self.validation_length = num_batches(data)
+        with self._evaluating("val", data) as stage:
             self.emit(ValidationStart(self))
             for batch in self._evaluation_batches("val", data):
                 yield batch
                 if self.validation_step >= step_end.due:
-                    step_end.emit(ValidationStepEnd(self, batch, self.output), self.validation_step)
-                if self.interrupted:
-                    self.num_validations -= 1  # it will be made anew when the run is resumed
+                    step_end.emit(ValidationStepEnd(self, batch, stage.output), self.validation_step)
+                if run.cuts_validation:
+                    run.cut_validation()
+                    self.num_validations -= 1
                     return
-            self.validated_step = self.step
-            metrics = prefixed("val", record.compute())
-            self.newest.update(metrics)
-            trained = prefixed("train", self.stages["train"].since_mark()) if self.in_mid_epoch else {}
+            metrics = prefixed("val", self.stages["val"].compute())
+            run.end_validation(metrics)
+            trained = {} if run.data_exhausted else prefixed("train", self.stages["train"].since_mark())
             self.history.add_validation(self.epoch, self.step, trained | scalars(metrics))
             self.emit(ValidationEnd(self, metrics))
 
-    # What a step does ----------------------------------------------------------------------------------
-
-    def training_step(self, batch: Any) -> StepOutput:
-        """Train on one batch and return what to record: what the step function does."""
-        return self._step_function(self, batch)  # type: ignore[misc]  # fit has checked it
-
-    def evaluation_step(self, batch: Any) -> StepOutput:
-        """Evaluate one batch: the same step function, which can look at ``engine.training``."""
-        return self.training_step(batch)
-
-    def _bound_step(self) -> Callable[[Any], StepOutput]:
-        """Return what trains on a batch: the step function itself where that is all, which saves a call per step."""
-        if self._step_function is not None and type(self).training_step is Engine.training_step:
-            return partial(self._step_function, self)
-        return self.training_step
+    # What a step calls ---------------------------------------------------------------------------------
 
     def record(self, *, weight: float | None = None, **values: float | Tensor) -> None:
         """Add values, each the mean over ``weight`` samples, to the averages of the present stage.
 
-        Nothing waits for the device. Without ``weight``, the number of samples is read off the batch.
+        Nothing waits for the device. Without ``weight``, the number of samples is taken from the batch.
 
         Raises:
             DataError: if a value is not one number, or the batch does not tell its number of samples.
         """
-        self._present_record().add(values, self.num_samples() if weight is None else weight)
+        record = self.current.record or refuse_outside_a_stage()
+        record.add(values, self.current.num_samples() if weight is None else weight)
 
     def measure(self, output: Any, target: Any, *, weight: float | None = None) -> None:
         """Give one batch's output and target to every metric of the present stage.
 
         Handlers find the output as ``event.output``.
         """
-        self.output = output
-        self._present_record().measure(output, target, self.num_samples() if weight is None else weight)
+        current = self.current
+        record = current.record or refuse_outside_a_stage()
+        current.output, current.target = output, target
+        record.measure(output, target, current.num_samples() if weight is None else weight)
 
-    def _take(self, output: StepOutput) -> None:
+    def stop(self, reason: str) -> bool:
+        """End the run after this step (or epoch, or validation); ``history.reason`` will say why.
+
+        The other handlers of the present event still run. Return whether it counts: before ``min_epochs`` are done it
+        does not.
+        """
+        return self._require_run("stop").stop(reason, self.epoch)
+
+    def wrap_step(self, wrapper: Callable[[Step], Step]) -> None:
+        """Put ``wrapper(step)`` in the place of the step: for handlers that do something else with a batch.
+
+        Raises:
+            ConfigurationError: in the script style, which has no step.
+        """
+        if self.stepper is None:
+            raise ConfigurationError("This engine has no step to wrap. Write Engine(step, ...) or Trainer(...).")
+        self.stepper = wrapper(self.stepper)
+
+    # Evaluation ----------------------------------------------------------------------------------------
+
+    def evaluate(self, data: Data) -> dict[str, Any]:
+        """Return ``{"loss": ..., "acc": ...}`` over ``data``, without changing the run.
+
+        Scalars are floats; any other metric (a confusion matrix) is a tensor on the CPU.
+        """
+        step = self._require_step()
+        with self._evaluating("test", data):
+            for batch in self._evaluation_batches("data", data):
+                self._record_output(step.evaluate(self, batch))
+            return self.stages["test"].compute()
+
+    def predict(self, data: Data) -> Any:
+        """Return the outputs of the part ``model`` over ``data``, joined along the first dimension, on the CPU."""
+        step, outputs = self._require_step(), []
+        with self._evaluating("predict", data):
+            for batch in self._evaluation_batches("data", data):
+                with self.scope("forward"):
+                    outputs.append(tree_map(Tensor.cpu, call_model(self.parts["model"], step.inputs(batch))))
+        return concatenate(outputs)
+
+    @contextmanager
+    def _evaluating(self, name: str, data: Data) -> Iterator[CurrentStage]:
+        """Eval mode, no gradients, preserved random numbers and a fresh record; all undone at the end."""
+        check_data("val" if name == "val" else "data", data)
+        outer, self.current = self.current, CurrentStage(name, self.stages[name], num_batches(data))
+        self.stages[name].reset()
+        self.validation_step = 0
+        try:
+            with preserve_rng(), torch.no_grad(), self.parts.preserve_modes():
+                for module in self.parts.modules().values():
+                    module.eval()
+                with self.scope("evaluation"):
+                    yield self.current
+        finally:
+            self.current = outer
+
+    def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
+        batches, current = one_pass(data), self.current
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except Exception as error:
+                self._add_reading_note(error, current.name, self.validation_step + 1)
+                raise
+            self.validation_step += 1
+            if self.step >= self._batch_ready.due:
+                batch = self._batch_ready.transform(lambda batch: BatchReady(self, batch), batch, self.step)
+            current.batch, current.output = batch, None
+            yield batch
+        if not self.validation_step:
+            raise DataError(empty_message(name, data))
+
+    def _validate(self, val: Data | None) -> None:
+        if val is not None:
+            step = self._require_step()
+            for batch in self.validate(val):
+                self._record_output(step.evaluate(self, batch))
+
+    def _repeat_cut_validation(self, val: Data | None) -> None:
+        """Make the validation in mid-epoch in which the run that is resumed was interrupted."""
+        run = self.run
+        if run.validation_was_cut and not run.data_exhausted:
+            self._validate(val)
+
+    # The life of a run ---------------------------------------------------------------------------------
+
+    def _epochs(
+        self, plan: Plan, feed: Feed, *, has_validation: bool | None, resume: str | Path | None
+    ) -> Generator[int, None, None]:
+        """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
+        if self.run is not NO_RUN:
+            raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
+        found = None if resume is None else find_state(self.listeners.callbacks, resume)
+        run = self._begin_run(plan, feed, has_validation, is_resuming=resume is not None)
+        try:
+            with self.parts.preserve_modes(), self.scope("fit"), handled_signals(run.interrupt):
+                try:
+                    self._set_to_training()
+                    self.emit(FitStart(self))
+                    if found is not None:
+                        self._resume(run, *found)
+                    elif resume is not None:
+                        logger.info("No checkpoint yet: a fresh start.")
+                    while not run.settle(self.epoch, self.step):
+                        if run.phase is Phase.BETWEEN:
+                            self._begin_epoch(run)
+                        yield self.epoch
+                        self._end_epoch(run)
+                    if run.interrupted:
+                        self.emit(Settled(self))  # once more: the signal may have come after the last one
+                except BaseException as error:
+                    self._end_run(run, error)
+                    raise
+                self._end_run(run)
+        finally:
+            self.run, self.current = NO_RUN, CurrentStage()
+
+    def _begin_run(self, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool) -> Run:
+        if self.num_fits:
+            logger.info("Going on from epoch %d, step %d.", self.epoch, self.step)
+        elif self.seed is not None:
+            seed_everything(self.seed)
+        self.num_fits += 1
+        self.listeners.rewind()
+        self.update.reset()
+        self.run = Run(
+            plan, feed, epoch=self.epoch, step=self.step, has_validation=has_validation, is_resuming=is_resuming
+        )
+        return self.run
+
+    def _set_to_training(self) -> None:
+        model = self.parts.modules().get("model")
+        if model is not None and not model.training:
+            logger.info("The model was in eval mode: set to training for the run.")
+            model.train()
+
+    def _resume(self, run: Run, state: dict[str, Any], source: Path) -> None:
+        counters = load_state(self, state, source)
+        self.epoch, self.step = counters["epoch"], counters["step"]
+        self.num_updates, self.num_skipped_updates = counters["num_updates"], counters["num_skipped_updates"]
+        self.num_validations = counters["num_validations"]
+        self.listeners.rewind()
+        logger.info("Resumed from %s: epoch %d, step %d.", source, self.epoch, self.step)
+        if run.settle(self.epoch, self.step) and not run.interrupted:
+            logger.info("The run is finished (%s). Pass more epochs or steps to go on.", run.stop_reason or "its goal")
+
+    def _begin_epoch(self, run: Run) -> None:
+        self.epoch += 1
+        self.stages["train"].reset()
+        run.begin_epoch(self.stages["train"], self.step)
+        self.emit(EpochStart(self))
+
+    def _begin_training(self, run: Run, data: Data) -> Iterator[Any]:
+        if run.phase > Phase.READING or run.interrupted or (self.epoch_step and run.ends_epoch):
+            return iter(())  # resumed after the last batch of an epoch, whose end is still to come
+        batches = run.feed.begin(data, self.epoch, self.step, go_on=run.plan.epoch_length is not None)
+        run.epoch_length = run.plan.epoch_length or run.feed.length
+        run.settle(self.epoch, self.step)
+        return batches
+
+    def _end_step(self, run: Run) -> None:
+        """Announce the end of the present step, if that was not done."""
+        if self.step > run.ended_step:
+            run.ended_step = self.step
+            if self.step >= self._step_end.due:
+                self._step_end.emit(StepEnd(self, run.stage.batch, run.stage.output), self.step)
+
+    def _end_training(self, run: Run, data: Data) -> None:
+        if run.interrupted or run.phase is not Phase.READING:
+            return
+        if not self.epoch_step:
+            raise DataError(empty_message("train", data))
+        if run.plan.epoch_length is None:
+            run.feed.end()
+        elif not run.ends_epoch:
+            raise DataError(_too_short(self.epoch_step, run.plan.epoch_length, f"epoch {self.epoch}"))
+        run.phase = Phase.FLUSHING
+        self._flush(run)
+        run.phase = Phase.ENDING
+
+    def _flush(self, run: Run) -> None:
+        """Make the update of a window that the epoch's end cut short; that is still training."""
+        self.current = run.stage
+        self.update.flush()
+        self.current = CurrentStage()
+
+    def _end_epoch(self, run: Run) -> None:
+        self._end_step(run)  # still open if the user's loop was left by a break
+        if run.is_cut:
+            return
+        self._flush(run)
+        run.phase = Phase.ENDING
+        self.update.check_heard()
+        with preserve_rng():
+            metrics = prefixed("train", self.stages["train"].compute()) | run.last_validation
+            self.history.add_epoch(self.epoch, self.step, scalars(metrics))
+            self.emit(EpochEnd(self, metrics))
+        run.phase = Phase.BETWEEN
+        run.settle(self.epoch, self.step)
+        self.emit(Settled(self))
+
+    def _end_run(self, run: Run, error: BaseException | None = None) -> None:
+        """Announce the end to every handler, however the run ended."""
+        self.history.reason = reason = run.reason(self.epoch, error)
+        self.history.interrupted = run.interrupted
+        if error is not None and not isinstance(error, GeneratorExit):
+            error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
+            if "DataLoader worker" in str(error):  # torch interrupts whatever runs when one of its workers has died
+                error.add_note(
+                    "A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0."
+                )
+            self._emit_last(RunFailed(self, error), error)
+        self._emit_last(FitEnd(self, reason), error)
+
+    def _emit_last(self, event: RunFailed | FitEnd, error: BaseException | None) -> None:
+        """Let every handler hear the end; an error of theirs never hides the one that ended the run."""
+        try:
+            self.listeners.channel(type(event)).emit_to_all(event, self.num_fits)
+        except Exception as second:
+            if error is None:
+                raise
+            error.add_note(f"While the run was ending, too: {second!r}")
+
+    # Small things --------------------------------------------------------------------------------------
+
+    def _expect(self, plan: Plan, train: Data, val: Data | None) -> tuple[Feed, Callable[[Any], StepOutput]]:
+        """Refuse what a fit could not run with, before it begins; return its feed, and what trains on a batch."""
+        step, feed = self._require_step(), Feed(self.seed)
+        feed.open(train)
+        if val is not None:
+            check_data("val", val)
+        if feed.length is not None and plan.epoch_length is not None and feed.length < plan.epoch_length:
+            raise DataError(_too_short(feed.length, plan.epoch_length, "an epoch"))
+        return feed, partial(step.train, self)
+
+    def _require_step(self) -> Step:
+        if self.stepper is None:
+            raise ConfigurationError(
+                "This engine has no step. Write Engine(step, ...), or loop over engine.epochs(n)."
+            )
+        return self.stepper
+
+    def _require_run(self, what: str) -> Run:
+        if self.run is NO_RUN:
+            raise EngineStateError(
+                f"engine.{what} was called outside a run. Write: for epoch in engine.epochs(n): ..."
+            )
+        return self.run
+
+    def _record_output(self, output: StepOutput) -> None:
         """Record what a step returned; handlers see it where the step has given its output to no metric."""
-        if self.output is None:
-            self.output = output
+        current = self.current
+        if current.output is None:
+            current.output, current.target = output, NOTHING
         if output is None:
             return
         if isinstance(output, Tensor):
@@ -251,143 +526,86 @@ class Engine(Run):
                 "Return None, a tensor, or a dict such as {'loss': loss}."
             )
 
-    def _present_record(self) -> Record:
-        if self._record is None:
-            raise EngineStateError(
-                "Values were recorded outside a stage. "
-                "Record inside the body of engine.train(...) or engine.validate(...)."
-            )
-        return self._record
+    def _add_reading_note(self, error: Exception, stage: str, position: int) -> None:
+        error.add_note(f"While reading batch {position} of the {stage} data in epoch {self.epoch}.")
 
-    # Evaluation ----------------------------------------------------------------------------------------
+    @property
+    def epoch_step(self) -> int:
+        """The number of the present step within its epoch; 0 between runs."""
+        return 0 if self.run is NO_RUN else self.step - self.run.step_before_epoch
 
-    def evaluate(self, data: Data) -> dict[str, Any]:
-        """Return ``{"loss": ..., "acc": ...}`` over ``data``, without touching the run.
+    @property
+    def stage(self) -> str:
+        """The name of the present stage: "train", "val", "test", "predict", or "" between them."""
+        return self.current.name
 
-        Scalars are floats; a metric that is none (a confusion matrix) is a tensor on the CPU.
+    @property
+    def training(self) -> bool:
+        """Whether the present stage is training."""
+        return self.current.name == "train"
+
+    @property
+    def batch(self) -> Any:
+        """The present batch."""
+        return self.current.batch
+
+    @property
+    def output(self) -> Any:
+        """What the model or the step made of the present batch."""
+        return self.current.output
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """The attached callbacks, in order."""
+        return self.listeners.callbacks
+
+    @property
+    def directory(self) -> Path | None:
+        """Where handlers write what a run leaves behind; None without a `RunDirectory`."""
+        return next((one.run_directory for one in self.callbacks if one.run_directory is not None), None)
+
+    # Listening -----------------------------------------------------------------------------------------
+
+    def attach(self, callback: Callback) -> None:
+        """Attach one more callback; see `Listeners.attach`."""
+        self.listeners.attach(callback)
+
+    def subscribe(self, event: type[E], handler: Callable[[E], object], when: object = None) -> Subscription[E]:
+        """Call ``handler(event)`` whenever ``event`` happens and ``when`` allows; ``.cancel()`` the result to stop.
+
+        Raises:
+            HandlerError: if ``event`` is not an event class, or the handler cannot be called with one event.
+            ConfigurationError: if ``when`` is not a filter.
         """
-        with self._evaluating("test") as record:
-            for batch in self._evaluation_batches("data", data):
-                self._take(self.evaluation_step(batch))
-            return record.compute()
+        return self.listeners.subscribe(event, handler, when)
 
-    @contextmanager
-    def _evaluating(self, stage: str) -> Iterator[Record]:
-        """Eval mode, no gradients, random numbers of its own and a fresh record; all undone at the end."""
-        modes = {module: module.training for part in self.modules().values() for module in part.modules()}
-        outer = self.stage, self._record, self.batch, self.output
-        record = self.stages[stage]
-        record.reset()
-        self.stage, self._record = stage, record
-        self.validation_step = 0
-        try:
-            with own_rng(), torch.no_grad():
-                for part in self.modules().values():
-                    part.eval()
-                with self.scope("evaluation"):
-                    yield record
-        finally:
-            self.stage, self._record, self.batch, self.output = outer
-            for module, mode in modes.items():
-                module.training = mode
+    def on(self, event: type[E], when: object = None) -> Callable[[Callable[[E], object]], Callable[[E], object]]:
+        """Subscribe the decorated function: ``@engine.on(StepEnd, when=every(100))``."""
+        self.listeners.channel(event)  # refuses what is not an event, as in @engine.on without its parentheses
 
-    def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
-        check_data(name, data)
-        batches = one_pass(data)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            except Exception as error:
-                self._add_reading_note(error, self.validation_step + 1)
-                raise
-            self.validation_step += 1
-            if self.step >= self._batch_ready.due:
-                batch = self._batch_ready.transform(lambda batch: BatchReady(self, batch), batch, self.step)
-            self.batch, self.output = batch, None
-            yield batch
-        if not self.validation_step:
-            raise DataError(empty_message(name, data))
+        def decorate(handler: Callable[[E], object]) -> Callable[[E], object]:
+            self.subscribe(event, handler, when)
+            return handler
 
-    def _validate(self, val: Data | None) -> None:
-        if val is not None and not self.interrupted:
-            for batch in self.validate(val):
-                self._take(self.evaluation_step(batch))
+        return decorate
 
-    def _validation_was_cut_short(self, plan: Plan) -> bool:
-        """Return whether the run was interrupted in a validation in mid-epoch, and has just been resumed."""
-        return self.step > self.validated_step and self.epoch_step > 0 and plan.validates_after_step(self.step)
+    def emit(self, event: Event) -> None:
+        """Announce an event, your own or a built-in one, to its handlers."""
+        channel = self.listeners.channel(type(event))
+        count = getattr(self, event.counter)
+        if count >= channel.due:
+            channel.emit(event, count)
 
-    # Training data -------------------------------------------------------------------------------------
+    def scope(self, scope: Scope) -> AbstractContextManager[Any]:
+        """Return the context that callbacks put around ``scope``; write ``with engine.scope("forward"):``."""
+        return self.listeners.scope(scope)
 
-    def _expect(self, plan: Plan, train: Data, val: Data | None) -> None:
-        """Refuse what a fit could not run with, before it begins."""
-        if self._step_function is None and type(self).training_step is Engine.training_step:
-            raise ConfigurationError(
-                "This engine has no step. Write Engine(step, ...), or loop over engine.epochs(n)."
-            )
-        check_data("train", train)
-        if val is not None:
-            check_data("val", val)
-        self.validates = val is not None
-        length = num_batches(train)
-        if length is not None and plan.epoch_length is not None and length < plan.epoch_length:
-            raise DataError(_too_short(length, plan.epoch_length, "an epoch"))
-        self.epoch_length = plan.epoch_length or length
-        self.validation_length = None if val is None else num_batches(val)
-
-    def _begin_training(self, data: Data) -> Iterator[Any]:
-        plan = self._require_run("train")
-        check_data("train", data)
-        self.epoch_length = plan.epoch_length or num_batches(data)
-        end = min(self.last_step, self.step_before_epoch + (plan.epoch_length or NEVER), NEVER)
-        self._end_of_epoch = 0 if self.interrupted else int(end)
-        self.stage, self._record = "train", self.stages["train"]
-        if self.epoch_step and self.step >= self.last_step:  # resumed behind the last step: its epoch's end is to come
-            return iter(())
-        seeded = self.seeded_view(data)
-        if self._resumed_data is not None:
-            self._pass = Pass.resume(data, self._resumed_data, seeded=seeded, step=self.step)
-            self._resumed_data = None
-        elif plan.epoch_length is None or self._pass is None or self._pass.data is not data:
-            # Only epochs of a set length share one pass.
-            self._pass = Pass(data, seeded=seeded, epoch=self.epoch, step=self.step)
-        if self.checkpoints is not None and not self._said_exactness:
-            self._said_exactness = True
-            logger.info("Resumed in mid-epoch, this run would be: %s.", exactness(data, seeded=seeded is not None))
-        return self._pass.iterator
-
-    def _end_training(self, data: Data) -> None:
-        if self.interrupted:
-            return
-        if not self.epoch_step:
-            raise DataError(empty_message("train", data))
-        if self._require_run("train").epoch_length is None:
-            self._pass = None
-        elif not self._epoch_is_over():
-            raise DataError(_too_short(self.epoch_step, self.epoch_length, f"epoch {self.epoch}"))
-        self._passed = True
-        self._flush()
-
-    def seeded_view(self, data: Data) -> SeededLoader | None:
-        """Return the view of a loader whose order depends on the seed alone; None without a seed or positions."""
-        if self.seed is None or not SeededLoader.fits(data):
-            return None
-        if self._seeded is None or self._seeded.data is not data:
-            self._seeded = SeededLoader(data, self.seed)
-            self._seeded.check_repeats()
-        return self._seeded
-
-    def data_state(self) -> dict[str, Any] | None:
-        """Return where the training data stand, or None between two passes."""
-        return None if self._pass is None else self._pass.state_dict(self.step)
-
-    def _add_reading_note(self, error: Exception, position: int) -> None:
-        error.add_note(f"While reading batch {position} of the {self.stage} data in epoch {self.epoch}.")
+    def explain(self) -> str:
+        """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
+        return self.listeners.explain()
 
 
-def _too_short(num: int, epoch_length: int | None, where: str) -> str:
+def _too_short(num: int, epoch_length: int, where: str) -> str:
     return (
         f"Data ended after {num} steps of {where}, but epoch_length={epoch_length}. "
         f"Pass epoch_length={num}, or repeat the data: fit(repeat(train), ...)."

@@ -14,10 +14,10 @@ from .errors import ConfigurationError, did_you_mean, is_number
 Selection = Iterable[str] | Callable[[str, nn.Parameter], bool]
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters of every group of an optimizer.
 
-    >>> len(held_by(torch.optim.SGD(nn.Linear(2, 2).parameters())))
+    >>> len(parameters_of(torch.optim.SGD(nn.Linear(2, 2).parameters())))
     2
     """
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

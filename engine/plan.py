@@ -80,9 +80,7 @@ class Plan:
 
     def reaches_further(self, epochs: int | None = None, max_steps: int | None = None) -> bool:
         """Return whether this plan goes beyond one of so many epochs and steps."""
-        return (self.epochs or math.inf) > (epochs or math.inf) or (self.max_steps or math.inf) > (
-            max_steps or math.inf
-        )
+        return _limit(self.epochs) > _limit(epochs) or _limit(self.max_steps) > _limit(max_steps)
 
     def validation_interval(self) -> tuple[int, str]:
         """Return how often to validate, as ``(n, "steps" or "epochs")``.
@@ -118,3 +116,8 @@ class Plan:
         """Return the next step after ``step`` with a validation in mid-epoch, or `NEVER`."""
         n, unit = self.validation_interval()
         return (step // n + 1) * n if unit == "steps" else NEVER
+
+
+def _limit(number: int | None) -> float:
+    """Return a limit as a number; infinite where there is none."""
+    return math.inf if number is None else number

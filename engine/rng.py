@@ -45,11 +45,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def own_rng() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Run a block whose random numbers leave no trace: the generators are afterwards as they were.
 
     >>> before = torch.get_rng_state()
-    >>> with own_rng():
+    >>> with preserve_rng():
     ...     _ = torch.rand(3)
     >>> bool((torch.get_rng_state() == before).all())
     True

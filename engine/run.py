@@ -1,335 +1,274 @@
-"""The life of a run: how it begins, goes from epoch to epoch, and ends, however that comes about."""
+"""One run: how far it goes, where it stands, and what was decided for it."""
 
 from __future__ import annotations
 
+import enum
 import logging
 import math
 import signal
-from collections.abc import Generator, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
-import torch
-from torch import nn
-
-from .announcer import Announcer
-from .batch import num_samples
-from .checkpoint import CheckpointDirectory, ensure_writable
-from .errors import ConfigurationError, EngineStateError, whole_number
-from .events import EpochEnd, EpochStart, FitEnd, FitStart, RunFailed, Settled, StepEnd
-from .history import History
-from .order import Pass
+from .errors import EngineStateError
+from .feed import Feed
 from .plan import Plan
-from .record import Record, prefixed, scalars
-from .rng import own_rng, seed_everything
-from .signals import handled_signals
-from .stages import Stages
-from .state import find, load_run_state
-from .update import Update
+from .record import Record
+from .stages import CurrentStage
 from .when import NEVER
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 logger = logging.getLogger("camshaft")
 
 
-class Run(Announcer):
-    """The part of an `Engine` that knows where a run stands, and when it is over; the loop itself is the engine's."""
+class Phase(enum.IntEnum):
+    """Where a run is within an epoch; an epoch goes through these in order."""
 
-    def __init__(self, seed: int | None, parts: dict[str, Any]) -> None:
-        if seed is not None:
-            whole_number("seed", seed, least=0)
-        super().__init__()
-        self.seed = seed
-        self.parts = parts
-        self.history = History()
-        self.stages = Stages()
-        self.directory: Path | None = None
-        self.epoch = self.step = self.validation_step = 0
-        self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
-        self.stage = ""
-        self.batch: Any = None
-        self.output: Any = None
-        self.plan: Plan | None = None
-        self.validates: bool | None = None  # None: unknown, the script style decides as it goes
-        self.epoch_length: int | None = None
-        self.validation_length: int | None = None
-        self.last_epoch = self.last_step = math.inf
-        self._end_of_epoch = NEVER
+    BETWEEN = 0  # no epoch is open
+    READING = 1  # batches are being read; validations in mid-epoch happen here
+    FLUSHING = 2  # the data are exhausted, and the window that they left open is being updated
+    VALIDATING = 3  # the validation at the end of the epoch
+    ENDING = 4  # only the epoch's end is still to be announced
+
+
+class Run:
+    """A run from its start to its end; each `fit` makes a new one.
+
+    Handlers ask a run for something (`stop`, `interrupt`, `save`, `skip_update`); it happens when the step settles
+    (`settle`), or for an update, just before it is made (`settle_update`).
+
+    Args:
+        plan: what was asked for.
+        epoch, step: the engine's counters when the run begins.
+        feed: its training data.
+        has_validation: whether there are validation data; None where that is unknown (script style).
+        is_resuming: whether the run was asked to resume an earlier one.
+
+    Attributes:
+        first_epoch, first_step: the engine's counters when the run, or the run that it resumes, began.
+        last_epoch, last_step: where it will end; infinite where there is no limit.
+        phase: where it is within an epoch.
+        stage: the training stage of the present epoch.
+        epoch_length: training steps of an epoch; None where that is unknown.
+        step_before_epoch: the training steps done before the present epoch.
+        ended_step: the last step whose `StepEnd` was announced.
+        stop_reason: why it was asked to stop; None if it was not.
+        interrupted: the signal that interrupted it, or None.
+        is_over: whether nothing is left to do, as of the last settling.
+        save_is_due: whether somebody asked for a checkpoint, as of the last settling.
+        validation_was_cut: whether a validation was interrupted, and must be made again.
+        last_validation: the values of the newest validation of the present epoch.
+        due: the loop need not settle anything before this step.
+        ends_epoch: whether no further batch of the present epoch is to be read.
+    """
+
+    __slots__ = (
+        "_num_validated", "_num_validations_to_skip", "_save_was_asked", "_skips_update",
+        "_validates_in_step", "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step",
+        "has_validation", "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation",
+        "phase", "plan", "save_is_due", "stage", "step_before_epoch", "stop_reason", "validation_was_cut",
+    )  # fmt: skip
+
+    def __init__(
+        self, plan: Plan, feed: Feed, *, epoch: int, step: int, has_validation: bool | None, is_resuming: bool
+    ) -> None:
+        self.plan = plan
+        self.feed = feed
+        self.has_validation = has_validation
+        self.is_resuming = is_resuming
+        self.first_epoch, self.first_step = epoch, step
+        self.last_epoch, self.last_step = self._goal()
+        self.phase = Phase.BETWEEN
+        self.stage = CurrentStage()
+        self.epoch_length = plan.epoch_length or feed.length
+        self.step_before_epoch = self.ended_step = step
         self.stop_reason: str | None = None
-        self.first_epoch = self.first_step = self.step_before_epoch = self.validated_step = 0
-        self.epoch_is_open = False
         self.interrupted: signal.Signals | None = None
-        self.resumes = False  # whether this run was asked to resume
-        self.checkpoints: CheckpointDirectory | None = None
-        self._ended_step = 0
-        self._passed = False  # whether this epoch's training data are through
-        self._pass: Pass | None = None
-        self._resumed_data: dict[str, Any] | None = None
-        self._record: Record | None = None
-        self.newest: dict[str, Any] = {}
-        self._modes: dict[nn.Module, bool] = {}
-        self._step_end = self.dispatch.channel(StepEnd)
-        self.update = Update(_engine(self))
+        self.is_over = False
+        self.save_is_due = False
+        self.validation_was_cut = False
+        self.last_validation: dict[str, Any] = {}
+        self.due = 0
+        self.ends_epoch = False
+        self._save_was_asked = False
+        self._skips_update = False
+        self._num_validated = 0  # validations of this epoch that were not within a step
+        self._num_validations_to_skip = 0  # of those, the ones that were done before the run was resumed
+        self._validates_in_step = False
 
-    def stop(self, reason: str) -> None:
-        """End the run after this step (or epoch, or validation); ``history.reason`` will say why.
+    # What is decided for the run ---------------------------------------------------------------------------
 
-        Before ``min_epochs`` are done it does not count. The other handlers of the present event still run.
-        """
-        plan = self._require_run("stop")
-        if self.epoch - self.first_epoch - (not self._passed) < plan.min_epochs:
-            logger.info("Going on, for min_epochs=%d, though asked to stop: %s", plan.min_epochs, reason)
-            return
+    def stop(self, reason: str, epoch: int) -> bool:
+        """Ask for the end of the run after the present step; return whether that counts: not before ``min_epochs``."""
+        num_epochs = epoch - self.first_epoch - (not self.data_exhausted)
+        if num_epochs < self.plan.min_epochs:
+            logger.info("Training goes on until min_epochs=%d, although a stop was asked for: %s",
+                        self.plan.min_epochs, reason)  # fmt: skip
+            return False
         self.stop_reason = self.stop_reason or reason
-        self.last_step = self._end_of_epoch = self.step
+        self.due, self.ends_epoch = 0, True
+        return True
 
     def interrupt(self, signal: signal.Signals) -> None:
-        """End the run behind this step without ending the epoch, so that a checkpoint can take it up again."""
+        """Stop after the current step and leave the epoch open, so that a checkpoint can resume it."""
         self.interrupted = signal
-        self._end_of_epoch = 0
+        self.due, self.ends_epoch = 0, True
 
-    def _run(self, plan: Plan, resume: str | Path | None = None) -> Generator[int, None, None]:
-        """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
-        if self.plan is not None:
-            raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
-        self._begin_run(plan)
-        self.resumes = resume is not None
-        try:
-            with self.scope("fit"), handled_signals(self.interrupt):
-                try:
-                    self.emit(FitStart(_engine(self)))
-                    self._resume(plan, resume)
-                    while not self.is_over():
-                        if not self.epoch_is_open:
-                            self._begin_epoch()
-                        yield self.epoch
-                        self._end_epoch()
-                    if self.interrupted:
-                        self.emit(Settled(_engine(self)))  # once more: the signal may have come behind the last one
-                except BaseException as error:
-                    self._announce_end(error)
-                    raise
-                self._announce_end()
-        finally:
-            self._leave_run()
+    def save(self) -> None:
+        """Ask for a checkpoint as soon as the present step has settled."""
+        self._save_was_asked = True
+        self.due = 0
 
-    def _begin_run(self, plan: Plan) -> None:
-        if self.num_fits:
-            logger.info("Going on from epoch %d, step %d.", self.epoch, self.step)
-        elif self.seed is not None:
-            seed_everything(self.seed)
-        self.num_fits += 1
-        self.first_epoch, self.first_step = self.epoch, self.step
-        self.epoch_is_open, self._passed = False, True
-        self.stop_reason = self.interrupted = None
-        self._set_goal(plan)
-        self.dispatch.rewind()
-        self.update.reset()
-        self._begin_modes()
-        self.plan = plan
+    def skip_update(self) -> None:
+        """Leave out the update that is about to be made; for handlers of `GradientsReady`."""
+        self._skips_update = True
 
-    def _begin_modes(self) -> None:
-        model = self.modules().get("model")
-        self._modes = {} if model is None else {module: module.training for module in model.modules()}
-        if model is not None and not model.training:
-            logger.info("The model was in eval mode: set to training for the run.")
-            model.train()
+    def settle(self, epoch: int, step: int) -> bool:
+        """Settle what was asked for up to ``step``, and return whether the run is over.
 
-    def _set_goal(self, plan: Plan) -> None:
-        self.last_epoch = math.inf if plan.epochs is None else self.first_epoch + plan.epochs
-        self.last_step = math.inf if plan.max_steps is None else self.first_step + plan.max_steps
+        Everything that handlers and signals decide for the run takes effect here, at the end of a step, of an epoch
+        and before the first: this is where several ranks can agree.
+        """
         if self.stop_reason is not None:
-            self.last_step = self.step
+            self.last_step = min(self.last_step, step)
+        self.save_is_due, self._save_was_asked = self._save_was_asked, False
+        self.due = 0 if self.save_is_due else int(min(self.epoch_goal, NEVER))
+        self.ends_epoch = self.stop_reason is not None or step >= self.epoch_goal
+        if self.interrupted is not None:  # looked at last, because a signal may come at any moment
+            self.due, self.ends_epoch = 0, True
+        goes_on = epoch < self.last_epoch and step < self.last_step
+        self.is_over = self.interrupted is not None or (self.phase is Phase.BETWEEN and not goes_on)
+        return self.is_over
 
-    def is_over(self) -> bool:
-        """Return whether nothing is left to do: the goal is reached, or a signal has come."""
-        return bool(self.interrupted) or not (self.epoch_is_open or self._goes_on())
+    def settle_update(self) -> bool:
+        """Return whether the update that is about to be made is to be left out."""
+        skips, self._skips_update = self._skips_update, False
+        return skips
 
-    def _goes_on(self) -> bool:
-        return self.epoch < self.last_epoch and self.step < self.last_step
+    # Where it stands ---------------------------------------------------------------------------------------
 
-    def _resume(self, plan: Plan, resume: str | Path | None) -> None:
-        if resume is None:
-            return
-        if (found := find(_engine(self), resume)) is None:
-            logger.info("No checkpoint yet: a fresh start.")
-            return
-        state, source = found
-        load_run_state(_engine(self), state, source)
-        self._resumed_data = state["data"]
-        self._ended_step = self.step
-        self._passed = not self.epoch_is_open
-        if plan.reaches_further(**state["plan"]):
-            self.stop_reason = None
-        self._set_goal(plan)
-        self.dispatch.rewind()
-        if not self.epoch_is_open and not self._goes_on():
-            logger.info(
-                "The run is finished (%s). Pass more epochs or steps to go on.", self.stop_reason or "its goal"
-            )
+    @property
+    def data_exhausted(self) -> bool:
+        """Whether the present epoch's training data were read to their end."""
+        return self.phase is not Phase.READING
 
-    def _begin_epoch(self) -> None:
-        self.epoch += 1
-        self.epoch_is_open = True
-        self.step_before_epoch = self.step
-        self._passed = False
-        self.newest = {}
-        self.stages["train"].reset()
-        self.emit(EpochStart(_engine(self)))
+    @property
+    def epoch_goal(self) -> float:
+        """The step with which the present epoch's training ends; infinite where only the data can tell."""
+        return min(self.last_step, self.step_before_epoch + (self.plan.epoch_length or math.inf))
 
-    def _epoch_is_over(self) -> bool:
-        length = self._require_run("train").epoch_length
-        return bool(self.interrupted) or self.step >= self.last_step or self.epoch_step == length
+    @property
+    def is_cut(self) -> bool:
+        """Whether an interruption leaves the present epoch open."""
+        return self.interrupted is not None and (not self.data_exhausted or self.validation_was_cut)
 
-    def _flush(self) -> None:
-        """Make the update of a window that the epoch's end cut short; that is still training."""
-        self.stage, self._record = "train", self.stages["train"]
-        self.update.flush()
-        self.stage, self._record = "", None
+    def begin_epoch(self, record: Record, step: int) -> None:
+        """Open an epoch, whose training values go into ``record``."""
+        self.phase = Phase.READING
+        self.stage = CurrentStage("train", record)
+        self.step_before_epoch = step
+        self.last_validation = {}
+        self._num_validated = 0
 
-    def _end_step(self) -> None:
-        if self.step > self._ended_step:
-            self._ended_step = self.step
-            if self.step >= self._step_end.due:
-                self._step_end.emit(StepEnd(_engine(self), self.batch, self.output), self.step)
+    def begin_validation(self, *, in_step: bool) -> bool:
+        """Return whether a validation begins now; not so if it was done before the run was resumed, or must wait.
 
-    def _end_epoch(self) -> None:
-        self._end_step()  # open still if the user's loop was left by a break
-        if self.interrupted:
-            return
-        self._flush()
-        self._check_updates()
-        with own_rng():
-            metrics = prefixed("train", self.stages["train"].compute()) | self.newest
-            self.history.add_epoch(self.epoch, self.step, scalars(metrics))
-            self.emit(EpochEnd(_engine(self), metrics))
-        self.epoch_is_open = False
-        self.emit(Settled(_engine(self)))
-
-    def _check_updates(self) -> None:
-        """Refuse handlers that hear nothing because the step goes past ``engine.update``."""
-        if self.num_updates or self.num_skipped_updates:
-            return
-        if deaf := [repr(callback) for callback in self.callbacks if callback.needs_update]:
-            raise ConfigurationError(
-                f"{', '.join(deaf)} had no effect in this epoch, for the step never called engine.update. "
-                "Write engine.update(loss) in place of loss.backward(), optimizer.step() and optimizer.zero_grad()."
-            )
-
-    def _announce_end(self, error: BaseException | None = None) -> None:
-        plan = self._require_run("fit")
-        reason = self.stop_reason or plan.goal(by_steps=self.epoch < self.last_epoch)
-        if self.interrupted:
-            reason = f"interrupted by {self.interrupted.name}"
-        if isinstance(error, GeneratorExit):
-            reason = f"the loop was left in epoch {self.epoch}"
-        elif error is not None:
-            reason = f"failed with {type(error).__name__}: {error}"
-            error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
-            if "DataLoader worker" in str(error):  # torch interrupts whatever runs when a worker of its has died
-                error.add_note(
-                    "A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0."
-                )
-        self.history.reason = reason
-        self.history.interrupted = self.interrupted
-        if error is not None and not isinstance(error, GeneratorExit):
-            self._emit_last(RunFailed(_engine(self), error), error)
-        self._emit_last(FitEnd(_engine(self), reason), error)
-
-    def _emit_last(self, event: RunFailed | FitEnd, error: BaseException | None) -> None:
-        """Let every handler hear the end; an error of theirs never hides the one that ended the run."""
-        try:
-            self.dispatch.channel(type(event)).emit_to_all(event, self.num_fits)
-        except Exception as second:
-            if error is None:
-                raise
-            error.add_note(f"While the run was ending, too: {second!r}")
-
-    def _leave_run(self) -> None:
-        self.plan = self._pass = self._resumed_data = None
-        self.stage, self._record, self.batch, self.output = "", None, None, None
-        for module, mode in self._modes.items():
-            module.training = mode
-
-    def planned(self, unit: Literal["update", "step", "epoch"]) -> int | None:
-        """Return how many of these the run is to make if nothing stops it; None where that is unknown.
-
-        Of updates, one is counted for each step, or for each window of `Accumulate`.
+        Args:
+            in_step: whether this is within a training step.
         """
-        plan, length = self._require_run("planned"), self.epoch_length
+        self._validates_in_step = in_step or (self.validation_was_cut and not self.data_exhausted)
+        if self._num_validations_to_skip and not self._validates_in_step:
+            self._num_validations_to_skip -= 1
+            return False
+        if self.data_exhausted:
+            self.phase = Phase.VALIDATING
+        if self.cuts_validation:
+            self.cut_validation()
+            return False
+        return True
+
+    @property
+    def cuts_validation(self) -> bool:
+        """Whether the present validation ends here, because the run was interrupted.
+
+        Not so within a step of one's own loop: that validation could not be made again, because its step is not.
+        """
+        is_repeatable = self.has_validation is not None or not self._validates_in_step
+        return self.interrupted is not None and is_repeatable
+
+    def cut_validation(self) -> None:
+        """Leave the present validation to the run that resumes this one."""
+        self.validation_was_cut |= self._validates_in_step or self.data_exhausted
+
+    def end_validation(self, values: dict[str, Any]) -> None:
+        """Take in the values of a validation that is done."""
+        self.last_validation |= values
+        self.validation_was_cut = False
+        self._num_validated += not self._validates_in_step
+        if self.data_exhausted:
+            self.phase = Phase.ENDING
+
+    def num_planned(self, unit: Literal["step", "epoch"]) -> int | None:
+        """Return how many of these the run makes if nothing stops it; None where that is unknown."""
         if unit == "epoch":
-            return plan.num_epochs(length)
-        steps, window = plan.num_steps(length), self.update.window_batches
-        if steps is None or unit == "step":
-            return steps
-        if self.update.window_samples is not None:
-            return None
-        whole, rest = divmod(steps, length or steps or 1)  # a window ends with its epoch
-        return whole * -(-(length or steps) // window) + -(-rest // window)
+            return self.plan.num_epochs(self.epoch_length)
+        return self.plan.num_steps(self.epoch_length)
 
-    @property
-    def epoch_step(self) -> int:
-        """The number of the present step within its epoch."""
-        return self.step - self.step_before_epoch
+    def reason(self, epoch: int, error: BaseException | None) -> str:
+        """Return, in words, why the run ends."""
+        if isinstance(error, GeneratorExit):
+            return f"the loop was left in epoch {epoch}"
+        if error is not None:
+            return f"failed with {type(error).__name__}: {error}"
+        if self.interrupted is not None:
+            return f"interrupted by {self.interrupted.name}"
+        return self.stop_reason or self.plan.goal(by_steps=epoch < self.last_epoch)
 
-    @property
-    def in_mid_epoch(self) -> bool:
-        """Whether the epoch's training data are not through yet."""
-        return not self._passed
+    # Its state ---------------------------------------------------------------------------------------------
 
-    @property
-    def training(self) -> bool:
-        """Whether the present stage is training."""
-        return self.stage == "train"
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Return what a later run needs to go on from here, after ``step``."""
+        return {
+            "plan": {"epochs": self.plan.epochs, "max_steps": self.plan.max_steps},
+            "first_epoch": self.first_epoch,
+            "first_step": self.first_step,
+            "step_before_epoch": self.step_before_epoch,
+            "phase": int(self.phase),
+            "stop_reason": self.stop_reason,
+            "num_validated": self._num_validated,
+            "validation_was_cut": self.validation_was_cut,
+            "last_validation": self.last_validation,
+            "data": self.feed.state_dict(step),
+        }
 
-    def directory_for(self, owner: str, wanted: str | Path | None = None, *, within: str = "") -> Path:
-        """Return the directory that ``owner`` writes in: the one it wants, or one ``within`` the run directory.
+    def load_state_dict(self, state: dict[str, Any], record: Record, step: int) -> None:
+        """Go on from where `state_dict` was called; ``epochs`` and ``max_steps`` count from where that run began."""
+        self.first_epoch, self.first_step = state["first_epoch"], state["first_step"]
+        self.last_epoch, self.last_step = self._goal()
+        self.step_before_epoch = state["step_before_epoch"]
+        self.phase = Phase(state["phase"])
+        self.stage = CurrentStage("train", record)
+        self.ended_step = step
+        self.stop_reason = None if self.plan.reaches_further(**state["plan"]) else state["stop_reason"]
+        self._num_validated = self._num_validations_to_skip = state["num_validated"]
+        self.validation_was_cut = state["validation_was_cut"]
+        self.last_validation = dict(state["last_validation"])
+        self.feed.load_state_dict(state["data"])
 
-        It is made if need be, and tried.
-
-        Raises:
-            ConfigurationError: if there is neither, or it cannot be written.
-        """
-        if wanted is None and self.directory is None:
-            raise ConfigurationError(f"{owner} has nowhere to write. Pass it a directory, or add RunDirectory().")
-        directory = Path(wanted) if wanted is not None else Path(str(self.directory), within)
-        ensure_writable(directory, owner)
-        return directory
-
-    def num_samples(self) -> int:
-        """Return the number of samples in the present batch."""
-        return num_samples(self.batch)
-
-    def peek(self) -> dict[str, float]:
-        """Return the present stage's newest averages that have reached the host, without waiting for more."""
-        return {} if self._record is None else prefixed(self.stage, self._record.peek())
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return those parts that are modules, by name."""
-        return {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return those parts that are optimizers, by name."""
-        return {name: part for name, part in self.parts.items() if isinstance(part, torch.optim.Optimizer)}
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every parameter of every module, under its name within its part."""
-        for module in self.modules().values():
-            yield from module.named_parameters()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first parameter; the CPU where there is none."""
-        return next((parameter.device for _, parameter in self.named_parameters()), torch.device("cpu"))
-
-    def _require_run(self, what: str) -> Plan:
-        if self.plan is None:
-            raise EngineStateError(f"engine.{what} stands outside a run. Write: for epoch in engine.epochs(n): ...")
-        return self.plan
+    def _goal(self) -> tuple[float, float]:
+        epochs, steps = self.plan.epochs, self.plan.max_steps
+        return (
+            math.inf if epochs is None else self.first_epoch + epochs,
+            math.inf if steps is None else self.first_step + steps,
+        )
 
 
-def _engine(run: Run) -> Engine:
-    """Return the run as what it is: only an `Engine` derives from `Run`."""
-    return cast("Engine", run)
+class _NoRun:
+    """What an engine has between two runs: whatever is asked of it is refused."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # asked by Python itself, as when the engine is copied
+            raise AttributeError(name)
+        raise EngineStateError(
+            f"engine.run.{name} was asked for outside a run. Ask in a handler, or in the body of engine.epochs(n)."
+        )
+
+
+NO_RUN = cast("Run", _NoRun())

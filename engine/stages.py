@@ -1,15 +1,56 @@
-"""What is measured in each stage of a run, and what is known of it beforehand."""
+"""What is measured in each stage of a run, what is known of it beforehand, and the stage that is running now."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from .errors import ConfigurationError
+from .batch import num_samples
+from .errors import ConfigurationError, EngineStateError
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
-from .record import Record
+from .record import Record, prefixed
+
+NOTHING = object()  # the target of a step that has measured nothing
+
+
+class CurrentStage:
+    """The stage that is running now, and its present batch.
+
+    Attributes:
+        name: "train", "val", "test" or "predict"; "" between stages.
+        record: its averages and metrics; None between stages.
+        length: its number of batches; None where that is unknown.
+        batch: the present batch.
+        output: what the step gave to ``engine.measure`` for the batch, or else returned.
+        target: what the step gave to ``engine.measure`` beside the output; `NOTHING` if it measured nothing.
+    """
+
+    __slots__ = ("batch", "length", "name", "output", "record", "target")
+
+    def __init__(self, name: str = "", record: Record | None = None, length: int | None = None) -> None:
+        self.name = name
+        self.record = record
+        self.length = length
+        self.batch: Any = None
+        self.output: Any = None
+        self.target: Any = NOTHING
+
+    def num_samples(self) -> int:
+        """Return the number of samples in the present batch."""
+        return num_samples(self.batch)
+
+    def peek(self) -> dict[str, float]:
+        """Return the newest averages that have reached the host, without waiting for the device."""
+        return {} if self.record is None else prefixed(self.name, self.record.peek())
+
+
+def refuse_outside_a_stage() -> NoReturn:
+    """Refuse what can only be recorded within a stage."""
+    raise EngineStateError(
+        "Values were recorded outside a stage. Record inside the body of engine.train(...) or engine.validate(...)."
+    )
 
 
 class Stages:
@@ -52,21 +93,21 @@ class Stages:
             self._records[stage] = Record(self._measured(stage))
         return self._records[stage]
 
-    def expected(self, *, validates: bool | None) -> list[str]:
+    def expected(self, *, has_validation: bool | None) -> list[str]:
         """Return the names a run will have, such as ``val_acc``; empty where they cannot be known.
 
         Args:
-            validates: whether there will be validations; None where that is unknown, too.
+            has_validation: whether there will be validations; None where that is unknown, too.
         """
         if not self.directions:
             return []
-        stages = ("train",) if validates is False else ("train", "val")
+        stages = ("train",) if has_validation is False else ("train", "val")
         measured = {stage: [n for key, m in self._measured(stage).items() for n in _names(key, m)] for stage in stages}
         return [f"{stage}_{name}" for stage in stages for name in (*self.directions, *measured[stage])]
 
-    def may_have(self, name: str, *, validates: bool | None) -> bool:
+    def may_have(self, name: str, *, has_validation: bool | None) -> bool:
         """Return whether a run may have a value of this name, as far as can be known beforehand."""
-        expected = self.expected(validates=validates)
+        expected = self.expected(has_validation=has_validation)
         stage, _, short = name.partition("_")
         collections = [key for key, metric in self._measured(stage).items() if isinstance(metric, ComputedMetric)]
         return not expected or name in expected or short.startswith(tuple(f"{key}_" for key in collections))

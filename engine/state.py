@@ -1,72 +1,108 @@
-"""What a run's state is: everything that decides the rest of the run, as tensors and plain values."""
+"""What a checkpoint of a run holds: the states of everything that decides the rest of the run."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .checkpoint import CheckpointDirectory, bare, check_plain, load_verified, weight_differences
-from .errors import CheckpointError, ConfigurationError
+from .callback import Callback
+from .checkpoint import CheckpointDirectory, check_plain, load_verified
+from .errors import CamshaftError, CheckpointError, ConfigurationError
 from .rng import SEED_VERSION, rng_state, set_rng_state
+from .weights import unwrap, weight_differences
 
 if TYPE_CHECKING:
-    from .callback import Callback
     from .engine import Engine
 
 logger = logging.getLogger("camshaft")
 
-FORMAT = 2
-COUNTERS = (
-    "epoch", "step", "num_validations", "num_updates", "num_skipped_updates", "first_epoch", "first_step",
-    "step_before_epoch", "validated_step", "epoch_is_open", "stop_reason",
-)  # fmt: skip
+FORMAT = 3
+# The types in a state, by key: what is loaded into our own objects is checked for them before anything is loaded.
+_COUNTERS = {"epoch": int, "step": int, "num_validations": int, "num_updates": int, "num_skipped_updates": int}
+_RUN = {
+    "plan": {"epochs": (int, NoneType), "max_steps": (int, NoneType)},
+    "first_epoch": int,
+    "first_step": int,
+    "step_before_epoch": int,
+    "phase": int,
+    "stop_reason": (str, NoneType),
+    "num_validated": int,
+    "validation_was_cut": bool,
+    "last_validation": dict,
+    "data": (dict, NoneType),
+}
+SHAPE = {
+    "format": int,
+    "seed": (int, NoneType),
+    "seed_version": int,
+    "torch": str,
+    "counters": _COUNTERS,
+    "run": _RUN,
+    "parts": dict,
+    "update": dict,
+    "train": {"earlier": dict, "meters": dict, "metrics": dict},
+    "history": {"rows": list, "validations": list},
+    "callbacks": dict,
+    "rng": dict,
+}
 
 
 def run_state(engine: Engine) -> dict[str, Any]:
-    """Return the engine's state at this moment, which must be Settled.
+    """Return the engine's state at this moment; the present step must have settled.
 
     Raises:
         CheckpointError: naming the key, if a part or handler keeps what is not safe to load.
+        EngineStateError: outside a run.
     """
-    plan = engine.plan
     state = {
         "format": FORMAT,
         "seed": engine.seed,
         "seed_version": SEED_VERSION,
         "torch": str(torch.__version__),
-        "plan": {"epochs": plan.epochs, "max_steps": plan.max_steps} if plan else {},
-        "counters": {name: getattr(engine, name) for name in COUNTERS},
-        "parts": {name: _bare_part(part).state_dict() for name, part in _stateful_parts(engine).items()},
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "run": engine.run.state_dict(engine.step),
+        "parts": {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()},
         "update": engine.update.state_dict(),
         "train": engine.stages["train"].state_dict(),
-        "newest": engine.newest,
         "history": engine.history.state_dict(),
-        "callbacks": {name: callback.state_dict() for name, callback in named_callbacks(engine).items()},
-        "data": engine.data_state(),
+        "callbacks": {name: callback.state_dict() for name, callback in named_callbacks(engine.callbacks).items()},
         "rng": rng_state(),
     }
     check_plain(state, "state")
     return state
 
 
-def find(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path] | None:
-    """Return the state to resume from and its file; None if "auto" found none.
+def find_state(callbacks: Iterable[Callback], resume: str | Path) -> tuple[dict[str, Any], Path] | None:
+    """Return the state to resume from and its file; None if "auto" found no file.
 
     Raises:
         ConfigurationError: if "auto" has nowhere to look, or a path does not exist.
-        CheckpointError: if there are files, and none of them is good.
+        CheckpointError: if there are files and none of them is good, or the file is of another format.
     """
-    if resume == "auto":
-        if engine.checkpoints is None:
-            raise ConfigurationError(
-                'resume="auto" has nowhere to look. Add RunCheckpoint(directory), or pass a path.'
-            )
-        return engine.checkpoints.load_newest()
-    path = Path(resume)
+    found = _find_newest(callbacks) if resume == "auto" else _find_at(Path(resume))
+    if found is not None:
+        _check_shape(*found)
+        saved = found[0]["callbacks"]
+        for name, callback in named_callbacks(callbacks).items():
+            if name in saved:
+                callback.before_resume(saved[name])
+    return found
+
+
+def _find_newest(callbacks: Iterable[Callback]) -> tuple[dict[str, Any], Path] | None:
+    directories = [callback.checkpoints for callback in callbacks if callback.checkpoints is not None]
+    if not directories:
+        raise ConfigurationError('resume="auto" has nowhere to look. Add RunCheckpoint(directory), or pass a path.')
+    return directories[0].load_newest()
+
+
+def _find_at(path: Path) -> tuple[dict[str, Any], Path]:
     if path.is_file():
         return load_verified(path), path
     found = CheckpointDirectory(path).load_newest()
@@ -77,35 +113,49 @@ def find(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path] | No
     return found
 
 
-def load_run_state(engine: Engine, state: dict[str, Any], source: Path) -> None:
-    """Put the engine into ``state``; the parts are checked before anything is loaded.
+def load_state(engine: Engine, state: dict[str, Any], source: Path) -> dict[str, int]:
+    """Load ``state`` into what the engine is made of; return its counters, which the engine sets itself.
+
+    The parts are compared before anything is loaded.
 
     Raises:
-        CheckpointError: if the file is of a newer format, another seed, or another architecture.
+        CheckpointError: if the file is of another seed or another architecture, or does not hold what it should.
     """
-    _check(engine, state, source)
+    _check_fit(engine, state, source)
+    try:
+        _load(engine, state)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CamshaftError):
+            raise
+        raise CheckpointError(
+            f"{source} does not hold what a checkpoint holds ({error!r}). Use another checkpoint."
+        ) from error
+    counters: dict[str, int] = state["counters"]
+    return counters
+
+
+def _load(engine: Engine, state: dict[str, Any]) -> None:
     for name, part in _stateful_parts(engine).items():
-        _bare_part(part).load_state_dict(state["parts"][name])
-    for name, value in state["counters"].items():
-        setattr(engine, name, value)
+        _unwrapped(part).load_state_dict(state["parts"][name])
     engine.update.load_state_dict(state["update"])
-    engine.stages["train"].load_state_dict(state["train"], engine.device)
-    engine.newest = dict(state["newest"])
+    record = engine.stages["train"]
+    record.load_state_dict(state["train"], engine.parts.device)
+    engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
     engine.history.load_state_dict(state["history"])
-    callbacks = named_callbacks(engine)
-    saved = state["callbacks"]
+    callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
     for name in callbacks.keys() & saved.keys():
         callbacks[name].load_state_dict(saved[name])
+    if missing := sorted(callbacks.keys() - saved.keys()):
+        logger.warning("No state was saved for: %s. They begin anew.", ", ".join(missing))
+    if extra := sorted(saved.keys() - callbacks.keys()):
+        logger.warning("State was saved for handlers that are not attached now: %s.", ", ".join(extra))
     set_rng_state(state["rng"])
-    _tell(
-        engine, source, missing=sorted(callbacks.keys() - saved.keys()), extra=sorted(saved.keys() - callbacks.keys())
-    )
 
 
-def named_callbacks(engine: Engine) -> dict[str, Callback]:
+def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     """Return the callbacks by class name, numbered from the second of a class on."""
     named: dict[str, Callback] = {}
-    for callback in engine.callbacks:
+    for callback in callbacks:
         name, number = type(callback).__name__, 1
         while (key := name if number == 1 else f"{name}-{number}") in named:
             number += 1
@@ -113,46 +163,66 @@ def named_callbacks(engine: Engine) -> dict[str, Callback]:
     return named
 
 
-def _tell(engine: Engine, source: Path, missing: list[str], extra: list[str]) -> None:
-    logger.info("Resumed from %s: epoch %d, step %d.", source, engine.epoch, engine.step)
-    if missing:
-        logger.warning("No state was saved for: %s. They begin anew.", ", ".join(missing))
-    if extra:
-        logger.warning("State was saved for handlers that are not attached now: %s.", ", ".join(extra))
-
-
-def _check(engine: Engine, state: dict[str, Any], source: Path) -> None:
-    if state["format"] != FORMAT:
+def _check_shape(state: object, source: Path) -> None:
+    """Refuse a file of another format, or one that does not hold what a checkpoint holds."""
+    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             f"{source} has format {state['format']}, and this camshaft reads {FORMAT}. "
             "Use the version of camshaft that wrote it."
         )
+    if problems := _differences(state, SHAPE, "state"):
+        raise CheckpointError(
+            f"{source} does not hold what a checkpoint holds: {_first_of(problems)}. "
+            "Use another checkpoint; nothing was loaded."
+        )
+
+
+def _differences(value: object, shape: Any, name: str) -> list[str]:
+    """Return, in words, where a value has other keys or types than it should."""
+    if not isinstance(shape, dict):
+        return [] if type(value) in (shape if isinstance(shape, tuple) else (shape,)) else [f"{name} is {value!r:.50}"]
+    if not isinstance(value, dict):
+        return [f"{name} is {value!r:.50}"]
+    wrong = [f"{name} has no {key}" for key in shape.keys() - value.keys()]
+    wrong += [f"{name} has an unknown {key}" for key in value.keys() - shape.keys()]
+    for key in shape.keys() & value.keys():
+        wrong += _differences(value[key], shape[key], f"{name}[{key!r}]")
+    return wrong
+
+
+def _check_fit(engine: Engine, state: dict[str, Any], source: Path) -> None:
+    """Refuse a checkpoint of another seed, of other parts or of other architectures."""
     if state["seed"] != engine.seed or state["seed_version"] != SEED_VERSION:
         raise CheckpointError(
             f"{source} was written with seed={state['seed']} (version {state['seed_version']}), and this run has "
             f"seed={engine.seed} (version {SEED_VERSION}): its data would come in another order. Pass the same seed."
         )
-    problems: list[str] = []
-    parts = _stateful_parts(engine)
-    problems += [f"part {name} is missing in the file" for name in parts.keys() - state["parts"].keys()]
-    problems += [f"part {name} is unknown to this run" for name in state["parts"].keys() - parts.keys()]
-    for name in parts.keys() & state["parts"].keys():
-        problems += [f"{name}: {problem}" for problem in _part_differences(parts[name], state["parts"][name])]
+    parts, saved = _stateful_parts(engine), state["parts"]
+    problems = [f"part {name} is missing in the file" for name in parts.keys() - saved.keys()]
+    problems += [f"part {name} is unknown to this run" for name in saved.keys() - parts.keys()]
+    for name in parts.keys() & saved.keys():
+        problems += [f"{name}: {problem}" for problem in _part_differences(parts[name], saved[name])]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"{source} does not fit this run: {'; '.join(sorted(problems)[:5])}{more}. "
+            f"{source} does not fit this run: {_first_of(problems)}. "
             "Build the parts as they were when it was written; nothing was loaded."
         )
 
 
-def _part_differences(part: Any, saved: dict[str, Any]) -> list[str]:
+def _first_of(problems: list[str]) -> str:
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return "; ".join(sorted(problems)[:5]) + more
+
+
+def _part_differences(part: Any, saved: Any) -> list[str]:
     if isinstance(part, nn.Module):
-        return weight_differences(_bare_part(part), saved)
+        return weight_differences(_unwrapped(part), saved)
     if isinstance(part, torch.optim.Optimizer):
+        if not (isinstance(saved, Mapping) and isinstance(saved.get("param_groups"), list)):
+            return ["it is not the state of an optimizer"]
         ours = [len(group["params"]) for group in part.param_groups]
         theirs = [len(group["params"]) for group in saved["param_groups"]]
-        return [] if ours == theirs else [f"groups of {theirs} parameters, this run's have {ours}"]
+        return [] if ours == theirs else [f"groups of {theirs} parameters, and this run's are {ours}"]
     return []
 
 
@@ -166,5 +236,5 @@ def _stateful_parts(engine: Engine) -> dict[str, Any]:
     return {name: part for name, part in stateful.items() if not isinstance(part, nn.Module) or part.state_dict()}
 
 
-def _bare_part(part: Any) -> Any:
-    return bare(part) if isinstance(part, nn.Module) else part
+def _unwrapped(part: Any) -> Any:
+    return unwrap(part) if isinstance(part, nn.Module) else part

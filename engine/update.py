@@ -13,19 +13,32 @@ zero_grad(set_to_none=True)
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import DataError, EngineStateError, did_you_mean
+from .errors import ConfigurationError, DataError, EngineStateError, did_you_mean
 from .events import GradientsReady, LossReady, UpdateEnd
-from .parameters import held_by
+from .parameters import parameters_of
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .listeners import Listeners
+    from .parts import Parts
+    from .run import Run
+    from .stages import CurrentStage
 
 MAIN = "optimizer"  # the part that is meant where no optimizer is named
+
+
+class Progress(Protocol):
+    """What an update looks at, and counts, in the engine that owns it."""
+
+    step: int
+    num_updates: int
+    num_skipped_updates: int
+    current: CurrentStage
+    run: Run
 
 
 class Update:
@@ -38,32 +51,50 @@ class Update:
     cuts short. Windows never reach over an epoch's end.
 
     A step with several optimizers names the one that a loss is for. Each has a window and a loss scaler of its own,
-    and a loss leaves gradients in nothing but what its optimizer holds. An update of nothing that learns is left out.
+    and a loss leaves gradients only in what its optimizer holds. An update is left out if nothing in it learns.
 
-    Attributes:
-        window_batches: micro-batches per update.
-        window_samples: samples per update instead, or None.
-        scaler: a ``torch.amp.GradScaler`` for float16, or None; optimizers that are named have copies of it.
+    Args:
+        parts: where the optimizers are found by name.
+        listeners: who hears the events.
+        progress: the engine's counters and what it is doing now.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._loss_ready = engine.dispatch.channel(LossReady)
-        self._gradients_ready = engine.dispatch.channel(GradientsReady)
-        self._update_end = engine.dispatch.channel(UpdateEnd)
-        self.window_batches = 1
-        self.window_samples: int | None = None
-        self._skips = False
+    def __init__(self, parts: Parts, listeners: Listeners, progress: Progress) -> None:
+        self._parts = parts
+        self._progress = progress
+        self._engine = listeners.engine  # only to be carried by events
+        self._listeners = listeners
+        self._loss_ready = listeners.channel(LossReady)
+        self._gradients_ready = listeners.channel(GradientsReady)
+        self._update_end = listeners.channel(UpdateEnd)
+        self._window_batches = 1
+        self._window_samples: int | None = None
+        self._accumulates = False
         self._several = False  # whether one was named
         self._windows = {MAIN: _Window(MAIN)}
 
     @property
+    def window_batches(self) -> int:
+        """Batches per update; 1 where `window_samples` says it."""
+        return self._window_batches
+
+    @property
+    def window_samples(self) -> int | None:
+        """Samples per update; None where it is a number of batches."""
+        return self._window_samples
+
+    def accumulate(self, *, batches: int | None = None, samples: int | None = None) -> None:
+        """Make one update for so many batches, or for so many samples."""
+        self._window_batches, self._window_samples = batches or 1, samples
+        self._accumulates = self._window_batches > 1 or samples is not None
+
+    @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scaler."""
+        """The loss scaler for float16, or None; optimizers that are named have copies of it."""
         return self._windows[MAIN].scaler
 
-    @scaler.setter
-    def scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+    def use_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Scale every loss by ``scaler`` before it is differentiated; None scales none."""
         for window in self._windows.values():
             window.scaler = scaler if window.name == MAIN else copy.deepcopy(scaler)
 
@@ -73,7 +104,7 @@ class Update:
         num_samples: float | None = None,
         *,
         optimizer: str | None = None,
-        whole: float | None = None,
+        batch_size: float | None = None,
     ) -> None:
         """Differentiate ``loss`` and, when the window is full, update the weights.
 
@@ -81,42 +112,35 @@ class Update:
             loss: one element, the mean over the batch.
             num_samples: how many samples it is the mean of; taken from the batch by default.
             optimizer: the name of the part that steps; by default the part ``optimizer``.
-            whole: for a part of a batch, how many samples the batch has; the last part completes it.
+            batch_size: for a part of a batch, the number of samples of the whole batch; the last part completes it.
 
         Raises:
             DataError: if the loss is not one number, or nothing in it can be trained.
-            EngineStateError: if there is no such optimizer, or this is no training.
+            EngineStateError: if there is no such optimizer, or this is not a training step.
         """
-        engine = self._engine
-        if engine.stage not in ("train", ""):
-            raise EngineStateError(
-                f'engine.update was called in the stage "{engine.stage}", where nothing is trained. '
-                "Write: if engine.training: engine.update(loss)."
-            )
-        check_loss(loss, engine)
+        progress = self._progress
+        if progress.current.name != "train":
+            _refuse_outside_training(progress.current.name)
+        check_loss(loss, self._parts)
         window = self._windows.get(optimizer or MAIN) or self._open(optimizer or MAIN)
-        if engine.step >= self._loss_ready.due:
-            stepping = self._optimizer(window)
-            loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, engine.step)
-            check_loss(loss, engine)
-        complete = True
-        if self.window_batches > 1 or self.window_samples is not None or whole is not None:
-            num_samples = engine.num_samples() if num_samples is None else num_samples
-            loss = loss * self._share(window, num_samples, whole or num_samples)
-            window.part += num_samples
-            complete = whole is None or window.part >= whole
-        if num_samples != 0:  # else it is the mean of nothing, which is NaN, and so would its gradients be
+        if progress.step >= self._loss_ready.due:
+            engine, stepping = self._engine, self._optimizer(window)
+            loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
+            check_loss(loss, self._parts)
+        closes = True
+        if self._accumulates or batch_size is not None:
+            num_samples = progress.current.num_samples() if num_samples is None else num_samples
+            share, closes = self._add(window, num_samples, num_samples if batch_size is None else batch_size)
+            loss = loss * share
+        if num_samples is None or num_samples != 0:  # the mean of no samples is NaN, and so would its gradients be
             scaled = loss if window.scaler is None else window.scaler.scale(loss)
             if self._several:
                 self._differentiate(window, scaled)
             else:
                 window.has_gradients = True
                 scaled.backward()
-        if complete:
-            window.part = 0.0
-            window.batches += 1
-            if self._is_full(window):
-                self._apply(window)
+        if closes:
+            self._apply(window)
 
     def reset(self) -> None:
         """Forget what an earlier run, or try, has left in the windows, with its gradients."""
@@ -136,9 +160,27 @@ class Update:
         """Return how often an optimizer was due to step, since it was first named."""
         return self._windows[optimizer].num_made if optimizer in self._windows else 0
 
-    def skip(self) -> None:
-        """Leave out the update that is about to be made; for handlers of GradientsReady."""
-        self._skips = True
+    def num_planned(self, run: Run) -> int | None:
+        """Return how many updates ``run`` makes if nothing stops it, one for each window; None where unknown."""
+        steps, length = run.num_planned("step"), run.epoch_length
+        if steps is None or self._window_samples is not None:
+            return None
+        whole, rest = divmod(steps, length or steps or 1)  # a window ends with its epoch
+        return whole * -(-(length or steps) // self._window_batches) + -(-rest // self._window_batches)
+
+    def check_heard(self) -> None:
+        """Refuse callbacks that hear nothing because the step never calls ``engine.update``.
+
+        Raises:
+            ConfigurationError: naming them.
+        """
+        if self._progress.num_updates or self._progress.num_skipped_updates:
+            return
+        if deaf := [repr(callback) for callback in self._listeners.callbacks if callback.needs_update]:
+            raise ConfigurationError(
+                f"{', '.join(deaf)} had no effect in this epoch because the step never called engine.update. "
+                "Write engine.update(loss) in place of loss.backward(), optimizer.step() and optimizer.zero_grad()."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the open windows with their gradients, and the scalers' states, by optimizer."""
@@ -146,7 +188,7 @@ class Update:
         for name, window in self._windows.items():
             state[name] = {
                 "window": [window.batches, window.samples, window.nominal],
-                "grads": [p.grad for p in held_by(self._optimizer(window))] if window.batches else None,
+                "grads": [p.grad for p in parameters_of(self._optimizer(window))] if window.batches else None,
                 "scaler": None if window.scaler is None else window.scaler.state_dict(),
             }
         return state
@@ -158,16 +200,33 @@ class Update:
             window.batches, window.samples, window.nominal = saved["window"]
             window.has_gradients = any(grad is not None for grad in saved["grads"] or ())
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
-                for parameter, grad in zip(held_by(self._optimizer(window)), saved["grads"], strict=True):
+                for parameter, grad in zip(parameters_of(self._optimizer(window)), saved["grads"], strict=True):
                     parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
             if window.scaler is not None and saved["scaler"] is not None:
                 window.scaler.load_state_dict(saved["scaler"])
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
-                    window.scaler.scale(torch.zeros((), device=held_by(self._optimizer(window))[0].device))
+                    window.scaler.scale(torch.zeros((), device=parameters_of(self._optimizer(window))[0].device))
+
+    def _add(self, window: _Window, num_samples: float, batch_size: float) -> tuple[float, bool]:
+        """Add a batch, or a part of one, to a window; return its loss's factor, and whether the window closes."""
+        share = 0.0
+        if num_samples:
+            if not window.samples:
+                window.nominal = self._window_samples or batch_size * self._window_batches
+            window.samples += num_samples
+            share = num_samples / window.nominal
+        window.part += num_samples
+        if window.part < batch_size:
+            return share, False
+        window.part = 0.0
+        window.batches += 1
+        if self._window_samples is not None:
+            return share, window.samples >= self._window_samples
+        return share, window.batches >= self._window_batches
 
     def _differentiate(self, window: _Window, loss: Tensor) -> None:
         """Leave gradients in what this optimizer holds, and learns, alone."""
-        inputs = [parameter for parameter in held_by(self._optimizer(window)) if parameter.requires_grad]
+        inputs = [parameter for parameter in parameters_of(self._optimizer(window)) if parameter.requires_grad]
         if not inputs:
             return
         window.has_gradients = True
@@ -177,48 +236,38 @@ class Update:
             if "graph a second time" not in str(error):
                 raise
             raise DataError(
-                f'The loss of step {self._engine.step}, for "{window.name}", was differentiated before. '
+                f'The loss of step {self._progress.step}, for "{window.name}", was differentiated before. '
                 "Compute it anew for each optimizer, or step all of them in your own step, without engine.update."
             ) from error
 
-    def _share(self, window: _Window, num_samples: float, whole: float) -> float:
-        if not num_samples:
-            return 0.0
-        if not window.samples:
-            window.nominal = self.window_samples or whole * self.window_batches
-        window.samples += num_samples
-        return num_samples / window.nominal
-
-    def _is_full(self, window: _Window) -> bool:
-        if self.window_samples is not None:
-            return window.samples >= self.window_samples
-        return window.batches >= self.window_batches
-
     def _apply(self, window: _Window) -> None:
-        engine, scaler, optimizer = self._engine, window.scaler, self._optimizer(window)
+        engine, progress = self._engine, self._progress
+        scaler, optimizer = window.scaler, self._optimizer(window)
         if not window.has_gradients:
             self._leave_out(window)
             return
-        if self._several and all(parameter.grad is None for parameter in held_by(optimizer)):
+        if self._several and all(parameter.grad is None for parameter in parameters_of(optimizer)):
             raise DataError(
-                f'The loss of step {engine.step} gave no gradient to anything that "{window.name}" holds. '
+                f'The loss of step {progress.step} gave no gradient to anything that "{window.name}" holds. '
                 "Name the optimizer that the loss is for: engine.update(loss, optimizer=...)."
             )
         if scaler is not None:
             scaler.unscale_(optimizer)
         if window.samples != window.nominal:
-            grads = [parameter.grad for parameter in held_by(optimizer) if parameter.grad is not None]
+            grads = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
             torch._foreach_mul_(grads, window.nominal / window.samples)
         window.clear()
         window.num_made += 1
-        engine.num_updates += 1
-        if engine.num_updates >= self._gradients_ready.due:
-            self._gradients_ready.emit(GradientsReady(engine, optimizer), engine.num_updates)
-        if not self._step(optimizer, scaler):
-            engine.num_updates -= 1
-            engine.num_skipped_updates += 1
-        elif engine.num_updates >= self._update_end.due:
-            self._update_end.emit(UpdateEnd(engine, optimizer), engine.num_updates)
+        progress.num_updates += 1
+        skips = False
+        if progress.num_updates >= self._gradients_ready.due:
+            self._gradients_ready.emit(GradientsReady(engine, optimizer), progress.num_updates)
+            skips = progress.run.settle_update()
+        if not self._step(optimizer, scaler, skips=skips):
+            progress.num_updates -= 1
+            progress.num_skipped_updates += 1
+        elif progress.num_updates >= self._update_end.due:
+            self._update_end.emit(UpdateEnd(engine, optimizer), progress.num_updates)
         _clear_gradients(optimizer)
         window.has_gradients = False
 
@@ -226,11 +275,10 @@ class Update:
         """Count an update of a window in which there was nothing to learn, or nothing that learns."""
         window.clear()
         window.num_made += 1
-        self._engine.num_skipped_updates += 1
+        self._progress.num_skipped_updates += 1
 
-    def _step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
-        """Step, and return whether that was done."""
-        skips, self._skips = self._skips, False
+    def _step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, *, skips: bool) -> bool:
+        """Step, unless this one is to be left out, and return whether that was done."""
         if scaler is None:
             if not skips:
                 optimizer.step()
@@ -254,14 +302,14 @@ class Update:
         return window
 
     def _optimizer(self, window: _Window) -> torch.optim.Optimizer:
-        optimizer = self._engine.parts.get(window.name)
+        optimizer = self._parts.get(window.name)
         if isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
         raise self._no_optimizer(window.name)
 
     def _no_optimizer(self, name: object) -> EngineStateError:
-        optimizers = self._engine.optimizers()
-        parts = ", ".join(self._engine.parts)
+        optimizers = self._parts.optimizers()
+        parts = ", ".join(self._parts)
         if not isinstance(name, str):
             meant = next((other for other, part in optimizers.items() if part is name), "its_name")
             return EngineStateError(
@@ -313,7 +361,18 @@ def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def check_loss(loss: object, engine: Engine) -> None:
+def _refuse_outside_training(stage: str) -> NoReturn:
+    if stage:
+        raise EngineStateError(
+            f'engine.update was called in the stage "{stage}", where nothing is trained. '
+            "Write: if engine.training: engine.update(loss)."
+        )
+    raise EngineStateError(
+        "engine.update was called outside a training step. Call it in the step, or in the body of engine.train(...)."
+    )
+
+
+def check_loss(loss: object, parts: Parts) -> None:
     """Refuse a loss that is not one number, or cannot be differentiated, with the reason."""
     if not isinstance(loss, Tensor):
         raise DataError(
@@ -323,13 +382,13 @@ def check_loss(loss: object, engine: Engine) -> None:
     if loss.numel() != 1:
         raise DataError(f"The loss has shape {list(loss.shape)}, but it must be one number. Reduce it: loss.mean().")
     if not loss.requires_grad and torch.is_grad_enabled():
-        _refuse_without_grad(engine)
+        _refuse_without_grad(parts)
 
 
-def _refuse_without_grad(engine: Engine) -> NoReturn:
-    trainable = [name for name, p in engine.named_parameters() if p.requires_grad]
+def _refuse_without_grad(parts: Parts) -> NoReturn:
+    trainable = [name for name, p in parts.named_parameters() if p.requires_grad]
     if not trainable:
-        frozen = ", ".join(name for name, _ in list(engine.named_parameters())[:5])
+        frozen = ", ".join(name for name, _ in list(parts.named_parameters())[:5])
         raise DataError(
             f"No parameter of the model is trainable (frozen: {frozen} ...). "
             "Set requires_grad = True on those that should learn."

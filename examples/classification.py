@@ -24,7 +24,7 @@ from torchvision import datasets, models
 from torchvision.transforms import v2
 
 from camshaft import callbacks
-from camshaft.engine import Callback, Trainer, decay_groups
+from camshaft.engine import Callback, Engine, Trainer, decay_groups
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def draw_mixed(images: Tensor, target: Tensor, path: Path) -> None:
     draw(images, titles, path)
 
 
-def draw_least_sure(trainer: Trainer, val: DataLoader[Any], path: Path) -> None:
+def draw_least_sure(trainer: Engine, val: DataLoader[Any], path: Path) -> None:
     """Draw the validation images that the model is least sure of."""
     images, labels = (torch.cat(parts) for parts in zip(*val, strict=True))
     probability, predicted = trainer.predict(val).softmax(dim=1).max(dim=1)
@@ -101,7 +101,7 @@ def draw_least_sure(trainer: Trainer, val: DataLoader[Any], path: Path) -> None:
     draw(images[least], [f"{predicted[i]}{wrong[i]} ({probability[i]:.0%})" for i in least], path)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     train_set, val_set, augmentation = load_digits() if args.data == "digits" else load_cifar10(args.data_dir)

@@ -20,7 +20,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import Accuracy
 
 from camshaft.callbacks import ProgressBar, Report, RunDirectory
-from camshaft.engine import Callback, Event, Trainer, ValidationEnd, ValidationStart, ValidationStepEnd, at
+from camshaft.engine import (
+    Callback,
+    Engine,
+    Event,
+    Trainer,
+    ValidationEnd,
+    ValidationStart,
+    ValidationStepEnd,
+    at,
+    directory_for,
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -67,7 +77,7 @@ class HardestSamples(Callback):
 
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Say what was found, if anyone listens."""
-        if event.engine.hears(HardestFound):
+        if event.engine.listeners.hears(HardestFound):
             event.engine.emit(HardestFound(event.engine, *self.found))
 
 
@@ -86,7 +96,7 @@ class Gallery(Callback):
             axes.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
             axes.set_title(f"{label}, predicted {guess}", fontsize=9, color="black" if guess == label else "tab:red")
             axes.axis("off")
-        figure.savefig(event.engine.directory_for("Gallery") / f"hardest-{event.engine.epoch:02}.png", dpi=120)
+        figure.savefig(directory_for(event.engine, "Gallery") / f"hardest-{event.engine.epoch:02}.png", dpi=120)
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:
@@ -99,7 +109,7 @@ def load_digits() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     train_set, val_set = load_digits()

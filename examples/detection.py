@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> Engine:
 
     samples = [val_set[index] for index in range(8)]
     with torch.inference_mode():
-        found = model.eval()([image.to(engine.device) for image, _ in samples])
+        found = model.eval()([image.to(engine.parts.device) for image, _ in samples])
     draw_boxes(samples, found, run.path / "boxes.png")
     print(
         "best mean average precision on validation: {val_map:.4f}, in epoch {epoch}".format(

@@ -29,7 +29,7 @@ from camshaft.callbacks import (
     RunDirectory,
     TensorBoard,
 )
-from camshaft.engine import Callback, Trainer
+from camshaft.engine import Callback, Engine, Trainer
 
 logger = logging.getLogger("digits")
 
@@ -104,7 +104,7 @@ def draw_samples(batch: tuple[Tensor, Tensor], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     train_set, val_set = load_digits() if args.data == "digits" else load_mnist(args.data_dir)
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> Trainer:
     )
     sample = next(iter(val))
     draw_samples(sample, run.path / "samples.png")
-    print(summary(model, input_data=sample[0].to(trainer.device), verbose=0))
+    print(summary(model, input_data=sample[0].to(trainer.parts.device), verbose=0))
     trainer.fit(train, val, epochs=args.epochs)
 
     result = trainer.evaluate(val)

@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> Engine:
     @engine.on(EpochEnd, when=every(args.picture_every))
     def keep_samples(event: EpochEnd) -> None:
         with torch.no_grad():
-            pictures[f"epoch {engine.epoch}"] = generator(val[0].to(engine.device)).cpu()
+            pictures[f"epoch {engine.epoch}"] = generator(val[0].to(engine.parts.device)).cpu()
 
     history = engine.fit(train, val, epochs=args.epochs)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from camshaft.callbacks import ProgressBar, Report, RunDirectory
-from camshaft.engine import History, SymmetricCrossEntropy, Trainer
+from camshaft.engine import Engine, History, SymmetricCrossEntropy, Trainer
 
 Sets = tuple[TensorDataset, TensorDataset]
 
@@ -67,7 +67,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).float().mean()
 
 
-def train_with(loss_fn: nn.Module, run: RunDirectory, sets: Sets, args: argparse.Namespace) -> Trainer:
+def train_with(loss_fn: nn.Module, run: RunDirectory, sets: Sets, args: argparse.Namespace) -> Engine:
     """Train one network with one loss: the same start, the same order of the data."""
     torch.manual_seed(args.seed)
     train_set, val_set = sets
@@ -98,7 +98,7 @@ def draw_comparison(histories: dict[str, History], noise: float, path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> dict[str, Trainer]:
+def main(args: argparse.Namespace) -> dict[str, Engine]:
     """Train with each loss as the settings say and return the finished trainers."""
     train_set, val_set = load_digits() if args.data == "digits" else load_mnist(args.data_dir)
     torch.manual_seed(args.seed)

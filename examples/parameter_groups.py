@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import Accuracy
 
 from camshaft.callbacks import BestCheckpoint, ProgressBar, Report, RunDirectory
-from camshaft.engine import Trainer, decay_groups
+from camshaft.engine import Engine, Trainer, decay_groups
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def draw_weights(model: nn.Module, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     train_set, val_set = load_digits()

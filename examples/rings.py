@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import BinaryAUROC
 
 from camshaft.callbacks import BestCheckpoint, EarlyStopping, Penalty, ProgressBar, Report, RunDirectory
-from camshaft.engine import FocalLoss, Trainer
+from camshaft.engine import Engine, FocalLoss, Trainer
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def draw_predictions(points: Tensor, labels: Tensor, predicted: Tensor, path: Pa
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     train_set, val_set = make_rings(args.positives, args.negatives)

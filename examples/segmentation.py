@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from camshaft.callbacks import BestCheckpoint, Placement, ProgressBar, Report, RunDirectory, Schedule, warmup_cosine
-from camshaft.engine import Trainer
+from camshaft.engine import Engine, Trainer
 
 VOID = 255  # the label of pixels that do not count
 
@@ -117,7 +117,7 @@ def draw_overlays(images: Tensor, masks: Tensor, predicted: Tensor, num_classes:
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     num_classes = 21 if args.data == "voc" else 4

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from camshaft.callbacks import BestCheckpoint, EarlyStopping, Placement, ProgressBar, Report, RunDirectory
-from camshaft.engine import Trainer
+from camshaft.engine import Engine, Trainer
 
 Sets = tuple[TensorDataset, TensorDataset]
 
@@ -124,7 +124,7 @@ def draw_embedding(embedding: Tensor, labels: Tensor, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     train_set, val_set = load_digits() if args.data == "digits" else load_fashion_mnist(args.data_dir)

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from camshaft.callbacks import BestCheckpoint, Placement, ProgressBar, Report, RunDirectory
-from camshaft.engine import Trainer
+from camshaft.engine import Engine, Trainer
 
 DIRECTIONS = ("left", "right", "up", "down")
 
@@ -102,7 +102,7 @@ def draw_clips(clips: Tensor, labels: Tensor, predicted: Tensor, path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
-def main(args: argparse.Namespace) -> Trainer:
+def main(args: argparse.Namespace) -> Engine:
     """Train as the settings say and return the finished trainer."""
     torch.manual_seed(args.seed)
     if args.data == "ucf101":

@@ -32,7 +32,7 @@ def linear() -> nn.Linear:
 
 def make_trainer(
     *callbacks: Callback, model: nn.Module | None = None, lr: float = 0.1, metrics: Mapping[Any, Any] | None = None
-) -> Trainer:
+) -> Engine:
     """A trainer for `class_batches`, with momentum so that the order of updates shows in the weights."""
     model = linear() if model is None else model  # a compiled model has no truth value
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)

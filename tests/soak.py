@@ -35,8 +35,8 @@ from camshaft.callbacks import (
     WeightAverage,
     warmup_cosine,
 )
-from camshaft.engine import Callback, Trainer
-from camshaft.engine.checkpoint import save
+from camshaft.engine import Callback, Engine, Trainer
+from camshaft.engine.files import save
 from camshaft.engine.rng import seed_everything
 
 
@@ -57,7 +57,7 @@ class Samples(Dataset[Any]):
         return self.inputs[index] + 0.1 * noise, self.target[index]
 
 
-def configuration(name: str, directory: Path | None) -> tuple[Trainer, DataLoader[Any], DataLoader[Any]]:
+def configuration(name: str, directory: Path | None) -> tuple[Engine, DataLoader[Any], DataLoader[Any]]:
     """Return a fresh trainer with its data: "plain", "seeded" (2 workers, augmentation) or "full"."""
     seed_everything(5)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 3))

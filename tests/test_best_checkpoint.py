@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from camshaft.callbacks import BestCheckpoint, Placement, RunDirectory
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, EpochStart, StepEnd, Trainer
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, EpochStart, StepEnd
 
 NAN = math.nan
 
@@ -136,7 +136,7 @@ def test_the_file_loads_without_this_package(tmp_path: Path) -> None:
     )
     run = run_python(script, tmp_path / "best.pt", tmp_path / "best.optimizer.pt")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == f"{trainer.model.weight.flatten().tolist()} 0.9"  # type: ignore[operator]  # a Linear
+    assert run.stdout.strip() == f"{trainer.parts['model'].weight.flatten().tolist()} 0.9"
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compiled"])
@@ -171,7 +171,7 @@ def test_the_optimizer_beside_it_is_of_the_same_moment(tmp_path: Path) -> None:
     assert not torch.equal(moments[0], moments[2])
 
 
-def momentum(trainer: Trainer) -> Tensor:
+def momentum(trainer: Engine) -> Tensor:
     buffer: Tensor = trainer.parts["optimizer"].state_dict()["state"][0]["momentum_buffer"]
     return buffer.clone()
 
@@ -212,7 +212,7 @@ def test_restore_happens_also_when_the_run_failed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         trainer.fit(class_batches(8, 8), class_batches(8), epochs=3)
     weights = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.parts["model"].state_dict().items())
 
 
 def test_in_a_run_directory_it_writes_under_checkpoints(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_training_value_is_kept_at_the_end_of_its_epoch(tmp_path: Path) -> Non
     trainer = make_trainer(BestCheckpoint("train_loss", directory=tmp_path))
     trainer.fit(class_batches(16, 16), epochs=3)
     weights = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.parts["model"].state_dict().items())
 
 
 def test_a_validation_in_mid_epoch_keeps_the_weights_of_its_step(tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_a_validation_in_mid_epoch_keeps_the_weights_of_its_step(tmp_path: Path)
         assert torch.equal(torch.load(tmp_path / kept.file, weights_only=True)["weight"], after[kept.step])
 
 
-def linear_weight(trainer: Trainer) -> Tensor:
-    weight: Tensor = trainer.model.state_dict()["weight"]
+def linear_weight(trainer: Engine) -> Tensor:
+    weight: Tensor = trainer.parts["model"].state_dict()["weight"]
     return weight.clone()
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from camshaft.callbacks import RunCheckpoint
-from camshaft.engine import CheckpointError, ConfigurationError, Trainer
-from camshaft.engine import checkpoint as module
-from camshaft.engine.checkpoint import CheckpointDirectory, bare, check_plain, load_weights, save, write_durably
+from camshaft.engine import CheckpointError, ConfigurationError, Engine, Trainer
+from camshaft.engine import files as module
+from camshaft.engine.checkpoint import CheckpointDirectory, check_plain
+from camshaft.engine.files import save, write_durably
+from camshaft.engine.weights import load_weights, unwrap
 
 
 class Failing:
@@ -180,7 +182,7 @@ def test_a_full_disk_is_said_as_such_and_leaves_the_old_file(tmp_path: Path) -> 
     assert not list(tmp_path.glob(".*"))
 
 
-def small_trainer(directory: Path, **settings: Any) -> Trainer:
+def small_trainer(directory: Path, **settings: Any) -> Engine:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     return Trainer(model, optimizer, nn.MSELoss(), callbacks=[RunCheckpoint(directory, every_steps=1, **settings)])
@@ -251,7 +253,7 @@ def test_wrappers_leave_no_trace_in_the_weights() -> None:
     model = nn.Linear(2, 2)
     compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]  # it wraps a module in a module
     wrapped = nn.DataParallel(compiled)
-    assert bare(wrapped) is model
+    assert unwrap(wrapped) is model
 
 
 def test_a_write_that_raises_leaves_neither_temporary_nor_half_a_file(tmp_path: Path) -> None:

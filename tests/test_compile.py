@@ -12,7 +12,7 @@ from helpers import class_batches, linear, make_trainer, run_python
 from torch import Tensor, nn
 
 from camshaft.callbacks import BestCheckpoint, Compile, RunCheckpoint, WeightAverage
-from camshaft.engine import ConfigurationError, Engine, Trainer
+from camshaft.engine import ConfigurationError, Engine
 
 TRAIN, VAL = class_batches(8, 8, 8, 3), class_batches(8, 5, seed=1)
 
@@ -22,8 +22,8 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def weights(trainer: Trainer) -> list[Tensor]:
-    return list(trainer.model.state_dict().values())
+def weights(trainer: Engine) -> list[Tensor]:
+    return list(trainer.parts["model"].state_dict().values())
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_the_model_is_the_same_object_and_goes_through_the_compiler() -> None:
 
     model = net()
     trainer = make_trainer(Compile(backend=backend), model=model)
-    assert trainer.model is model
+    assert trainer.parts["model"] is model
     trainer.fit(TRAIN, VAL, epochs=1)
     assert len(graphs) >= 2
     assert all("batch_norm" in code for code in graphs)

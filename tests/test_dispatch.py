@@ -142,7 +142,7 @@ def test_an_event_of_ones_own_reaches_functions_and_hooks() -> None:
 
     engine = Engine(lambda engine, batch: engine.emit(LossSpike(engine, batch)), callbacks=[Alarm()])
     engine.subscribe(LossSpike, lambda event: heard.append(-event.loss))
-    assert engine.hears(LossSpike)
+    assert engine.listeners.hears(LossSpike)
     engine.fit([1.5], epochs=1)
     assert heard == [1.5, -1.5]
 

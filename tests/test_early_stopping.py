@@ -150,7 +150,7 @@ def test_watching_does_not_change_the_weights() -> None:
     watched, plain = make_trainer(EarlyStopping("val_loss", patience=9)), make_trainer()
     for trainer in (watched, plain):
         trainer.fit(class_batches(8, 8, 3), class_batches(8), epochs=3)
-    for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+    for mine, other in zip(watched.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)
 
 

@@ -187,7 +187,7 @@ def test_parameter_groups_learns_and_decays_weights_only(tmp_path: Path) -> None
         for group in trainer.parts["optimizer"].param_groups
         for parameter in group["params"]
     }
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.parts["model"].named_parameters():
         assert decay[id(parameter)] == (1e-5 if parameter.ndim > 1 else 0), name
     assert_finished(trainer, "loss.png", "acc.png", "weights.png")
 

@@ -36,7 +36,7 @@ def gradients(trainer: Engine) -> list[list[Tensor]]:
 
     @trainer.on(GradientsReady)
     def keep(event: GradientsReady) -> None:
-        parameters = [parameter for _, parameter in trainer.named_parameters()]
+        parameters = [parameter for _, parameter in trainer.parts.named_parameters()]
         seen.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
 
     return seen
@@ -46,8 +46,8 @@ def assert_near(mine: Any, other: Any, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
-def weights(trainer: Trainer) -> list[Tensor]:
-    return [parameter.detach() for parameter in trainer.model.parameters()]
+def weights(trainer: Engine) -> list[Tensor]:
+    return [parameter.detach() for parameter in trainer.parts["model"].parameters()]
 
 
 def by_hand(groups: list[list[Batch]], *, norm: float | None = None, value: float | None = None) -> list[Tensor]:
@@ -118,7 +118,8 @@ def test_no_window_reaches_over_the_end_of_an_epoch() -> None:
     trainer = make_trainer(Accumulate(4))
     left_over: list[Tensor] = []
     trainer.subscribe(
-        EpochStart, lambda event: left_over.extend(p.grad for p in trainer.model.parameters() if p.grad is not None)
+        EpochStart,
+        lambda event: left_over.extend(p.grad for p in trainer.parts["model"].parameters() if p.grad is not None),
     )
     trainer.fit(class_batches(8, 8, 8, 8, 8, 2), epochs=3)
     assert sum(gradient.abs().sum() for gradient in left_over) == 0
@@ -240,7 +241,7 @@ def test_clipping_happens_once_per_update_on_unscaled_gradients() -> None:
     """With a loss scaler and a window, clipping sees the gradients of the whole window without the scale."""
     data = class_batches(8, 8, 8, 8, 8, 3)
     trainer = make_trainer(Accumulate(4), ClipGradients(norm=0.05))
-    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    trainer.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**12))
     trainer.fit(data, epochs=2)
     assert trainer.num_updates == 4
     assert_near(weights(trainer), by_hand([data[:4], data[4:]] * 2, norm=0.05))

@@ -71,7 +71,7 @@ from camshaft.engine import (
 Batch = tuple[Tensor, Tensor]
 
 
-def make_trainer(*callbacks: Callback, model: nn.Module | None = None, **arguments: Any) -> Trainer:
+def make_trainer(*callbacks: Callback, model: nn.Module | None = None, **arguments: Any) -> Engine:
     torch.manual_seed(0)
     model = nn.Linear(2, 1) if model is None else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -267,7 +267,7 @@ def test_a_hook_set_on_the_object_is_heard_like_one_of_its_class() -> None:
     """What is named like a hook is one, wherever it was defined."""
     heard: list[int] = []
     callback = Callback()
-    callback.on_epoch_end = lambda event: heard.append(event.engine.epoch)  # type: ignore[attr-defined]  # on purpose
+    callback.on_epoch_end = lambda event: heard.append(event.engine.epoch)  # type: ignore[method-assign]  # on purpose
     Engine(lambda engine, batch: None, callbacks=[callback]).fit([1], epochs=2)
     assert heard == [1, 2]
 
@@ -628,13 +628,13 @@ def test_a_window_of_uneven_batches_has_the_gradients_of_one_batch(accumulate: A
     split.fit(batches, epochs=2)
     together.fit([whole], epochs=2)
     assert split.num_updates == together.num_updates == 2
-    torch.testing.assert_close(split.model.state_dict(), together.model.state_dict())
+    torch.testing.assert_close(split.parts["model"].state_dict(), together.parts["model"].state_dict())
 
 
-def make_scaled(*callbacks: Callback, scale: float = 2.0**14) -> Trainer:
+def make_scaled(*callbacks: Callback, scale: float = 2.0**14) -> Engine:
     """A trainer with a loss scaler, as fp16 has it, in float32 on the CPU."""
     trainer = make_trainer(*callbacks)
-    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=scale))
     return trainer
 
 
@@ -644,7 +644,7 @@ def test_gradients_are_unscaled_before_they_are_clipped() -> None:
     plain, scaled = make_trainer(ClipGradients(norm=100.0)), make_scaled(ClipGradients(norm=100.0))
     for trainer in (plain, scaled):
         trainer.fit(batches, epochs=2)
-    torch.testing.assert_close(scaled.model.state_dict(), plain.model.state_dict())
+    torch.testing.assert_close(scaled.parts["model"].state_dict(), plain.parts["model"].state_dict())
 
 
 def test_a_schedule_does_not_move_on_a_step_that_the_scaler_skipped() -> None:
@@ -656,7 +656,7 @@ def test_a_schedule_does_not_move_on_a_step_that_the_scaler_skipped() -> None:
     trainer.fit(make_batches(4, 4, 4), epochs=1)
     assert (updated, trainer.num_updates, trainer.num_skipped_updates) == ([1, 3], 2, 1)
     assert trainer.parts["optimizer"].param_groups[0]["lr"] == 0.1 * 0.25
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.parts["model"].parameters())
 
 
 def test_a_weight_average_is_not_used_before_it_holds_anything() -> None:

@@ -87,7 +87,7 @@ def test_the_bar_sees_the_whole_epoch_however_often_it_is_validated() -> None:
     def step(engine: Engine, batch: float) -> None:
         engine.record(loss=batch, weight=1)
         if engine.training:
-            seen.append(engine.peek()["train_loss"])
+            seen.append(engine.current.peek()["train_loss"])
 
     Engine(step).fit([1.0, 3.0, 8.0], [0.0], epochs=1, validate_every="1 steps")
     assert seen == [1.0, 2.0, 4.0]

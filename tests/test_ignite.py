@@ -141,7 +141,7 @@ def run_ours(attach: Attach, directory: Path, train: Any = TRAIN, **arguments: A
     return finish(rig, attach, lambda: trainer.fit(repeat(train), VAL, epoch_length=len(train), **arguments))
 
 
-def small(*callbacks: Callback, **arguments: Any) -> Trainer:
+def small(*callbacks: Callback, **arguments: Any) -> Engine:
     model, optimizer = parts()
     return Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks, **arguments)
 
@@ -481,7 +481,7 @@ def test_the_lr_finder_does_not_lengthen_the_run() -> None:
 def test_a_checkpoint_can_be_written_when_the_run_fails(tmp_path: Path) -> None:
     bridge = Ignite()
     trainer = small(bridge)
-    handler = ih.Checkpoint({"model": trainer.model}, ih.DiskSaver(tmp_path))
+    handler = ih.Checkpoint({"model": trainer.parts["model"]}, ih.DiskSaver(tmp_path))
     bridge.train.add_event_handler(Events.EXCEPTION_RAISED, handler)
     bridge.train.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: [][0])
     with pytest.raises(IndexError):
@@ -652,7 +652,7 @@ def test_state_batch_can_be_replaced_before_the_step() -> None:
     for trainer, data in zip(trainers, (TRAIN, doubled), strict=True):
         torch.manual_seed(0)
         trainer.fit(data, epochs=1)
-    assert same(trainers[0].model.state_dict(), trainers[1].model.state_dict())
+    assert same(trainers[0].parts["model"].state_dict(), trainers[1].parts["model"].state_dict())
 
 
 def double(engine: IgniteEngine) -> None:

@@ -30,7 +30,7 @@ def data() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def trained(*callbacks: Callback, limit: int = 4) -> Trainer:
+def trained(*callbacks: Callback, limit: int = 4) -> Engine:
     torch.manual_seed(1)
     model = Small(3, 2).double()
     model.limit = limit
@@ -49,7 +49,7 @@ def test_halved_batches_give_the_weights_and_averages_of_whole_ones(
     with caplog.at_level(logging.WARNING):
         small = trained(MicroBatch(), *windows[0])
     whole = trained(*windows[1], limit=99)
-    for ours, theirs in zip(small.model.parameters(), whole.model.parameters(), strict=True):
+    for ours, theirs in zip(small.parts["model"].parameters(), whole.parts["model"].parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
     for name in ("train_loss", "train_mean"):
         assert small.history[name] == pytest.approx(whole.history[name], abs=1e-12)
@@ -120,7 +120,7 @@ def test_batches_of_dicts_and_lists_are_divided_by_their_samples() -> None:
 
 
 def test_an_engine_with_a_step_of_its_own_is_told_what_to_write() -> None:
-    with pytest.raises(ConfigurationError, match=r"whole=num_samples_of_the_batch"):
+    with pytest.raises(ConfigurationError, match=r"batch_size=num_samples_of_the_batch"):
         Engine(lambda engine, batch: None, callbacks=[MicroBatch()])
     with pytest.raises(ConfigurationError, match="num_parts is 0"):
         MicroBatch(0)

@@ -106,15 +106,15 @@ class CountingModel(nn.Linear):
         return super().forward(input)
 
 
-def make_trainer(model: nn.Module | None = None, **arguments: Any) -> Trainer:
+def make_trainer(model: nn.Module | None = None, **arguments: Any) -> Engine:
     model = CountingModel() if model is None else model
     if "optimizer" not in arguments:
         arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     return Trainer(model, **({"loss_fn": nn.MSELoss()} | arguments))
 
 
-def num_calls(trainer: Trainer) -> int:
-    model = trainer.model
+def num_calls(trainer: Engine) -> int:
+    model = trainer.parts["model"]
     assert isinstance(model, CountingModel)
     return model.num_calls
 
@@ -258,9 +258,9 @@ TRAINERS: list[tuple[dict[str, Any], str]] = [
     ({"metrics": {"loss": mean_error}}, 'Two metrics are named "loss"'),
     ({"seed": "0"}, "seed is '0'"),
     ({"callbacks": [ProgressBar]}, "the class ProgressBar, not an instance. Did you forget ()?"),
-    ({"callbacks": ["early_stopping"]}, "'early_stopping', which is no Callback"),
-    ({"callbacks": [print]}, "which is no Callback"),
-    ({"callbacks": [None]}, "None, which is no Callback"),
+    ({"callbacks": ["early_stopping"]}, "'early_stopping', which is not a Callback"),
+    ({"callbacks": [print]}, "which is not a Callback"),
+    ({"callbacks": [None]}, "None, which is not a Callback"),
     ({"callbacks": ProgressBar()}, "callbacks is"),
     ({"callbacks": "early_stopping"}, "callbacks is 'early_stopping'"),
 ]
@@ -365,7 +365,7 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused_at_attachment(schedule:
 
 def test_two_run_directories_are_refused(tmp_path: Path) -> None:
     first = RunDirectory(tmp_path)
-    with refused(ConfigurationError, f"writes in {first.path} already"):
+    with refused(ConfigurationError, "has a RunDirectory already"):
         make_trainer(callbacks=[first, RunDirectory(tmp_path)])
 
 
@@ -473,7 +473,7 @@ def test_a_hook_with_a_wrong_signature_is_refused_at_attachment(hook: Callable[.
 
 def test_an_asynchronous_hook_is_refused_at_attachment() -> None:
     class Mine(Callback):
-        async def on_step_end(self, event: StepEnd) -> None: ...
+        async def on_step_end(self, event: StepEnd) -> None: ...  # type: ignore[override]  # the mistake
 
     with refused(HandlerError, "Mine.on_step_end() is async"):
         Engine(callbacks=[Mine()])
@@ -482,13 +482,15 @@ def test_an_asynchronous_hook_is_refused_at_attachment() -> None:
 @pytest.mark.parametrize(("scope", "hint"), [("foward", 'Did you mean "forward"?'), ("step", "Write")])
 def test_a_scope_that_does_not_exist_is_refused(scope: Any, hint: str) -> None:
     with refused(ConfigurationError, f'"{scope}" is not a scope.', hint, "Write one of: fit, forward, evaluation"):
-        Engine().around(scope, lambda: torch.no_grad())
+        Engine().listeners.around(scope, lambda: torch.no_grad())
 
 
 @pytest.mark.parametrize("manager", [nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)])
 def test_a_context_manager_instead_of_a_function_that_makes_one_is_refused(manager: Any) -> None:
     with refused(ConfigurationError, "forward"):
-        Engine().around("forward", manager)  # one made beforehand serves once, but a scope is entered on each step
+        Engine().listeners.around(
+            "forward", manager
+        )  # one made beforehand serves once, but a scope is entered on each step
 
 
 def test_an_error_in_a_handler_comes_out_with_handler_event_and_step() -> None:
@@ -590,9 +592,9 @@ def test_a_loop_within_a_loop_is_refused() -> None:
 
 
 OUTSIDE: list[tuple[Callable[[Engine], object], str]] = [
-    (lambda engine: engine.stop("enough"), "engine.stop stands outside a run"),
-    (lambda engine: next(iter(engine.train([1]))), "engine.train stands outside a run"),
-    (lambda engine: next(iter(engine.validate([1]))), "engine.validate stands outside a run"),
+    (lambda engine: engine.stop("enough"), "engine.stop was called outside a run"),
+    (lambda engine: next(iter(engine.train([1]))), "engine.train was called outside a run"),
+    (lambda engine: next(iter(engine.validate([1]))), "engine.validate was called outside a run"),
     (lambda engine: engine.record(loss=0.5, weight=1), "recorded outside a stage"),
     (lambda engine: engine.measure(torch.ones(1), torch.ones(1), weight=1), "recorded outside a stage"),
 ]
@@ -939,9 +941,9 @@ def test_a_model_left_in_eval_mode_trains_and_is_given_back_as_it_was(caplog: py
     caplog.set_level(logging.INFO, "camshaft")
     trainer = make_trainer(CountingModel().eval())
     modes: list[bool] = []
-    trainer.subscribe(StepEnd, lambda event: modes.append(trainer.model.training))
+    trainer.subscribe(StepEnd, lambda event: modes.append(trainer.parts["model"].training))
     trainer.fit(make_batches(2), make_batches(), epochs=2)
-    assert (modes, trainer.model.training) == ([True] * 4, False)
+    assert (modes, trainer.parts["model"].training) == ([True] * 4, False)
     assert "The model was in eval mode" in caplog.text
 
 
@@ -953,7 +955,7 @@ def test_a_model_in_eval_mode_is_given_back_as_it_was_also_after_an_error() -> N
     trainer.subscribe(StepEnd, explode)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(make_batches(), epochs=1)
-    assert not trainer.model.training
+    assert not trainer.parts["model"].training
 
 
 # Watched values -------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_skip_works_with_a_loss_scaler() -> None:
     """A NaN is left out, and the scaler goes on as after any overflow."""
     data = spoilt(2, 4)
     skipping, without = make_trainer(StopOnNonFinite("skip")), make_trainer()
-    skipping.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    skipping.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**10))
     skipping.fit(data, epochs=1)
     without.fit(data[:1] + data[2:], epochs=1)
     assert torch.equal(flat(skipping), flat(without))
@@ -213,22 +213,24 @@ def test_a_bad_batch_of_an_open_window_is_remembered_on_resume(tmp_path: Path) -
     data = class_batches(8, 8, 8, 8, 8, 8)
     data[0] = (data[0][0] * math.nan, data[0][1])
 
-    def run(stop: int | None, resume: str | None) -> Trainer:
+    def run(stop: int | None, resume: str | None) -> Engine:
         trainer = make_trainer(StopOnNonFinite("skip"), Accumulate(3), RunCheckpoint(tmp_path))
-        trainer.subscribe(StepEnd, lambda event: trainer.interrupt(signal.SIGTERM) if trainer.step == stop else None)
+        trainer.subscribe(
+            StepEnd, lambda event: trainer.run.interrupt(signal.SIGTERM) if trainer.step == stop else None
+        )
         trainer.fit(data, epochs=1, resume=resume)
         return trainer
 
     run(2, None)
     resumed = run(None, "auto")
     assert (resumed.num_updates, resumed.num_skipped_updates) == (1, 1)
-    assert all(parameter.isfinite().all() for parameter in resumed.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in resumed.parts["model"].parameters())
 
 
 def test_a_run_that_was_cut_leaves_no_flag_to_the_next() -> None:
     data = class_batches(8, 8, 8)
     trainer = make_trainer(StopOnNonFinite("skip"), Accumulate(3))
-    trainer.subscribe(StepEnd, lambda event: trainer.interrupt(signal.SIGTERM) if trainer.step == 1 else None)
+    trainer.subscribe(StepEnd, lambda event: trainer.run.interrupt(signal.SIGTERM) if trainer.step == 1 else None)
     trainer.fit([(inputs * math.nan, target) for inputs, target in data], epochs=1)
     trainer.fit(data, epochs=1)
     assert (trainer.num_updates, trainer.num_skipped_updates) == (1, 0)

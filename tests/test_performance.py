@@ -129,7 +129,7 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) == target).float().mean()
 
 
-def trainer_of(folder: Path, *more: Callback, model: nn.Module, metrics: Mapping[str, Any] | None = None) -> Trainer:
+def trainer_of(folder: Path, *more: Callback, model: nn.Module, metrics: Mapping[str, Any] | None = None) -> Engine:
     """A trainer with what most runs have: bar, early stopping, best checkpoint, run directory."""
     callbacks = [
         *more,
@@ -148,7 +148,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def trainer_with_every_handler(folder: Path, device: str = "cpu") -> Trainer:
+def trainer_with_every_handler(folder: Path, device: str = "cpu") -> Engine:
     """A trainer with all stock handlers that attach, and a metric of each kind; nothing is due within the epoch."""
     return trainer_of(
         folder / "runs",

@@ -95,7 +95,7 @@ def test_every_part_that_is_a_module_is_moved_when_attached() -> None:
     assert {parameter.device.type for parameter in engine.parts["model"].parameters()} == {"meta"}
     assert loss.weight is not None
     assert loss.weight.device.type == "meta"
-    assert (extra.device.type, engine.device.type) == ("cpu", "meta")
+    assert (extra.device.type, engine.parts.device.type) == ("cpu", "meta")
 
 
 def test_an_optimizer_made_before_keeps_hold_of_the_parameters() -> None:
@@ -103,7 +103,7 @@ def test_an_optimizer_made_before_keeps_hold_of_the_parameters() -> None:
     with_placement, plain = make_trainer(Placement("cpu")), make_trainer()
     for trainer in (with_placement, plain):
         trainer.fit(class_batches(8, 8, 3), epochs=2)
-    for mine, other in zip(with_placement.model.parameters(), plain.model.parameters(), strict=True):
+    for mine, other in zip(with_placement.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -144,10 +144,14 @@ def test_training_on_cuda_learns_what_training_on_the_cpu_does() -> None:
     inputs, target = class_batches(200)[0]
     trainers = make_trainer(Placement("cuda")), make_trainer(Placement("cpu"))
     for trainer in trainers:
-        loader = DataLoader(TensorDataset(inputs, target), batch_size=32, pin_memory=trainer.device.type == "cuda")
+        loader = DataLoader(
+            TensorDataset(inputs, target), batch_size=32, pin_memory=trainer.parts.device.type == "cuda"
+        )
         trainer.fit(loader, loader, epochs=3)
-    assert trainers[0].device.type == "cuda"
-    for mine, other in zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True):
+    assert trainers[0].parts.device.type == "cuda"
+    for mine, other in zip(
+        trainers[0].parts["model"].parameters(), trainers[1].parts["model"].parameters(), strict=True
+    ):
         torch.testing.assert_close(mine.cpu(), other, rtol=1e-4, atol=1e-5)
 
 
@@ -156,7 +160,7 @@ def test_the_model_is_on_the_gpu_before_the_run_and_predictions_are_on_the_cpu()
     """What a FitStart handler sees is placed already; predict returns host tensors."""
     trainer = make_trainer(Placement("cuda:0"))
     places: list[torch.device] = []
-    trainer.subscribe(FitStart, lambda event: places.append(event.engine.device))
+    trainer.subscribe(FitStart, lambda event: places.append(event.engine.parts.device))
     trainer.fit(class_batches(8), epochs=1)
     assert places == [torch.device("cuda:0")]
     assert trainer.predict(class_batches(8)).device.type == "cpu"

@@ -16,7 +16,6 @@ from camshaft.engine import (
     Engine,
     GradientsReady,
     StepEnd,
-    Trainer,
     UpdateEnd,
     ValidationStepEnd,
     every,
@@ -31,11 +30,11 @@ class Spiking(nn.Linear):
         return output * (math.inf if bool(inputs[0, 0] > 100) else 1.0)
 
 
-def scaled_trainer(*callbacks: Any, **scaler: Any) -> Trainer:
+def scaled_trainer(*callbacks: Any, **scaler: Any) -> Engine:
     """A trainer on the CPU with a real gradient scaler, as MixedPrecision("fp16") sets it on CUDA."""
     torch.manual_seed(0)
     trainer = make_trainer(*callbacks, model=Spiking(4, 3))
-    trainer.update.scaler = torch.amp.GradScaler("cpu", **scaler)
+    trainer.update.use_scaler(torch.amp.GradScaler("cpu", **scaler))
     return trainer
 
 
@@ -46,8 +45,8 @@ def with_spike(*sizes: int, at: int) -> list[Batch]:
     return data
 
 
-def weights(trainer: Trainer) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+def weights(trainer: Engine) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.parts["model"].parameters()]
 
 
 def equal(mine: list[Tensor], other: list[Tensor]) -> bool:
@@ -63,7 +62,7 @@ def test_bf16_on_the_cpu_learns_and_keeps_weights_and_moments_in_float32() -> No
     assert history["train_loss"][-1] < history["train_loss"][0] / 2
     assert dtypes == {torch.bfloat16}
     moments = [state["momentum_buffer"] for state in trainer.parts["optimizer"].state.values()]
-    assert {tensor.dtype for tensor in [*trainer.model.parameters(), *moments]} == {torch.float32}
+    assert {tensor.dtype for tensor in [*trainer.parts["model"].parameters(), *moments]} == {torch.float32}
 
 
 def test_validation_evaluation_and_prediction_run_in_the_same_precision() -> None:
@@ -133,7 +132,7 @@ def test_an_unknown_precision_is_refused_at_construction(precision: Any) -> None
 def test_a_scaler_changes_no_weight_while_nothing_overflows() -> None:
     """A scale that is a power of two goes through exactly: with and without it the weights are the same."""
     scaled, plain = scaled_trainer(init_scale=2.0**10), scaled_trainer()
-    plain.update.scaler = None
+    plain.update.use_scaler(None)
     for trainer in (scaled, plain):
         trainer.fit(class_batches(8, 8, 3), epochs=2)
     assert equal(weights(scaled), weights(plain))
@@ -168,7 +167,7 @@ def test_after_an_overflow_the_scale_is_halved_and_its_gradients_are_gone() -> N
     trainer.fit(with_spike(8, 8, at=0), epochs=1)
     assert trainer.update.scaler is not None
     assert trainer.update.scaler.get_scale() == 2.0**9
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.parts["model"].parameters())
 
 
 def test_one_overflowing_batch_skips_its_whole_window() -> None:
@@ -206,7 +205,7 @@ def test_a_growing_scale_is_no_skip() -> None:
 def test_the_recorded_loss_is_without_the_scale() -> None:
     """The history shows the loss, not what was differentiated."""
     scaled, plain = scaled_trainer(init_scale=2.0**10), make_trainer(model=Spiking(4, 3))
-    plain.model.load_state_dict(scaled.model.state_dict())
+    plain.parts["model"].load_state_dict(scaled.parts["model"].state_dict())
     histories = [trainer.fit(class_batches(8, 3), epochs=1) for trainer in (scaled, plain)]
     assert histories[0]["train_loss"] == histories[1]["train_loss"]
 
@@ -220,7 +219,7 @@ def test_mixed_precision_on_cuda_learns_what_float32_does(precision: Any) -> Non
     plain = make_trainer(Placement("cuda"), lr=0.5)
     losses = [trainer.fit(data, data, epochs=4)["val_loss"][-1] for trainer in (mixed, plain)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert {parameter.dtype for parameter in mixed.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in mixed.parts["model"].parameters()} == {torch.float32}
     assert (mixed.update.scaler is not None) == (precision == "fp16")
 
 
@@ -228,13 +227,13 @@ def test_mixed_precision_on_cuda_learns_what_float32_does(precision: Any) -> Non
 def test_fp16_on_cuda_survives_overflows_of_its_first_scales() -> None:
     """A scale that is too high is halved until it fits; the skipped steps are no updates."""
     trainer = make_trainer(Placement("cuda"), MixedPrecision("fp16"))
-    trainer.update.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**30)
+    trainer.update.use_scaler(torch.amp.GradScaler("cuda", init_scale=2.0**30))
     updated: list[int] = []
     trainer.subscribe(UpdateEnd, lambda event: updated.append(event.engine.step))
     trainer.fit(class_batches(*[64] * 40), epochs=1)
     assert trainer.num_skipped_updates > 0
     assert len(updated) == trainer.num_updates == 40 - trainer.num_skipped_updates
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.parts["model"].parameters())
 
 
 @pytest.mark.gpu

@@ -334,7 +334,7 @@ def test_a_bar_changes_no_weight() -> None:
     for trainer in (watched, plain):
         trainer.fit(class_batches(8, 8, 3), class_batches(8), epochs=2)
     assert len(terminal.screens()[-1]) == 3
-    for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+    for mine, other in zip(watched.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)
 
 

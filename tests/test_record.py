@@ -86,12 +86,12 @@ def test_peek_shows_the_present_averages_on_the_cpu() -> None:
 
     def step(engine: Engine, batch: float) -> None:
         engine.record(loss=batch, weight=1)
-        seen.append(engine.peek())
+        seen.append(engine.current.peek())
 
     engine = Engine(step)
     engine.fit([1.0, 3.0], epochs=1)
     assert seen == [{"train_loss": 1.0}, {"train_loss": 2.0}]
-    assert engine.peek() == {}
+    assert engine.current.peek() == {}
 
 
 def test_numbers_are_shown_with_digits_that_say_something() -> None:

@@ -35,7 +35,11 @@ def gradients(*callbacks: Callback, data: list[Batch]) -> dict[str, Array]:
 
     def look(event: GradientsReady) -> None:
         seen.append(
-            {name: p.grad.numpy().copy() for name, p in trainer.model.named_parameters() if p.grad is not None}
+            {
+                name: p.grad.numpy().copy()
+                for name, p in trainer.parts["model"].named_parameters()
+                if p.grad is not None
+            }
         )
 
     trainer.subscribe(GradientsReady, look)
@@ -176,7 +180,7 @@ def equal(mine: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
-def freezing_trainer(callback: Callback, optimizer: type[torch.optim.Optimizer], **settings: Any) -> Trainer:
+def freezing_trainer(callback: Callback, optimizer: type[torch.optim.Optimizer], **settings: Any) -> Engine:
     model = network()
     return Trainer(model, optimizer(model.parameters(), **settings), nn.CrossEntropyLoss(), callbacks=[callback])
 
@@ -192,11 +196,11 @@ def freezing_trainer(callback: Callback, optimizer: type[torch.optim.Optimizer],
 def test_frozen_parameters_are_bit_identical_until_their_epoch(optimizer: Any, settings: dict[str, Any]) -> None:
     """Neither momentum nor weight decay moves them; from epoch 3 on they learn; the others learn all along."""
     trainer = freezing_trainer(FreezeUntil(3, ["0.*"]), optimizer, **settings)
-    bodies, heads = [body(trainer.model)], [trainer.model.get_parameter("3.weight").detach().clone()]
+    bodies, heads = [body(trainer.parts["model"])], [trainer.parts["model"].get_parameter("3.weight").detach().clone()]
 
     def keep(event: StepEnd) -> None:
-        bodies.append(body(trainer.model))
-        heads.append(trainer.model.get_parameter("3.weight").detach().clone())
+        bodies.append(body(trainer.parts["model"]))
+        heads.append(trainer.parts["model"].get_parameter("3.weight").detach().clone())
 
     trainer.subscribe(StepEnd, keep)
     trainer.fit(double_batches(8, 8), epochs=4)
@@ -217,7 +221,7 @@ def test_the_run_is_that_of_a_loop_that_freezes_by_hand() -> None:
             nn.functional.cross_entropy(model(inputs), target).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert equal(list(trainer.model.parameters()), list(model.parameters()))
+    assert equal(list(trainer.parts["model"].parameters()), list(model.parameters()))
 
 
 def test_a_gradient_from_before_the_run_does_not_move_what_is_frozen() -> None:
@@ -236,10 +240,10 @@ def test_a_gradient_from_before_the_run_does_not_move_what_is_frozen() -> None:
 def test_a_second_fit_goes_on_frozen_or_thawed() -> None:
     """Frozen until epoch 3 over three fits of one epoch each: only the third moves the body."""
     trainer = freezing_trainer(FreezeUntil(3, ["0.*"]), torch.optim.SGD, lr=0.1)
-    bodies = [body(trainer.model)]
+    bodies = [body(trainer.parts["model"])]
     for _ in range(3):
         trainer.fit(double_batches(8), epochs=1)
-        bodies.append(body(trainer.model))
+        bodies.append(body(trainer.parts["model"]))
     assert [equal(before, after) for before, after in pairwise(bodies)] == [True, True, False]
 
 

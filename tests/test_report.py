@@ -282,5 +282,5 @@ def test_drawing_does_not_change_the_weights(tmp_path: Path) -> None:
     drawn, plain = make_trainer(Report(tmp_path)), make_trainer()
     for trainer in (drawn, plain):
         trainer.fit(TRAIN, VAL, epochs=2)
-    for mine, other in zip(drawn.model.parameters(), plain.model.parameters(), strict=True):
+    for mine, other in zip(drawn.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)

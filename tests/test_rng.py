@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from camshaft.engine.rng import own_rng, seed_everything
+from camshaft.engine.rng import preserve_rng, seed_everything
 
 
 def draw() -> tuple[float, float, float]:
@@ -17,7 +17,7 @@ def test_a_block_with_its_own_numbers_leaves_every_generator_as_it_was() -> None
     expected = [draw(), draw()]
     seed_everything(3)
     first = draw()
-    with own_rng():
+    with preserve_rng():
         draw(), draw()
     assert [first, draw()] == expected
 
@@ -27,7 +27,7 @@ def test_the_generators_are_put_back_after_an_error_too() -> None:
     expected = draw()
     seed_everything(3)
     try:
-        with own_rng():
+        with preserve_rng():
             draw()
             raise KeyError
     except KeyError:

@@ -59,7 +59,7 @@ class Augmented(Dataset[Any]):
         return self.inputs[index] + 0.1 * noise, self.target[index]
 
 
-def build(directory: Path | None, setting: str, seed: int | None, **checkpoint: Any) -> Trainer:
+def build(directory: Path | None, setting: str, seed: int | None, **checkpoint: Any) -> Engine:
     """A model with dropout and momentum; ``full`` adds what else has a state."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3))
@@ -85,7 +85,7 @@ def build(directory: Path | None, setting: str, seed: int | None, **checkpoint: 
     return Trainer(model, optimizer, nn.CrossEntropyLoss(), metrics=metrics, callbacks=callbacks, seed=seed)
 
 
-def run(trainer: Trainer, workers: int = 0, **settings: Any) -> Trainer:
+def run(trainer: Engine, workers: int = 0, **settings: Any) -> Engine:
     seed_everything(3)
     train = DataLoader(Augmented(), batch_size=3, shuffle=True, num_workers=workers)
     val = DataLoader(TensorDataset(torch.eye(4).repeat(2, 1)[:6], torch.arange(6) % 3), batch_size=2)
@@ -93,7 +93,7 @@ def run(trainer: Trainer, workers: int = 0, **settings: Any) -> Trainer:
     return trainer
 
 
-def assert_same(resumed: Trainer, through: Trainer) -> None:
+def assert_same(resumed: Engine, through: Engine) -> None:
     """Weights, averages, optimizer, history and counters are equal to the bit."""
     for name, part in through.parts.items():
         if hasattr(part, "state_dict"):
@@ -118,10 +118,10 @@ def assert_equal(ours: Any, theirs: Any, place: str) -> None:
         assert ours == theirs or (ours != ours and theirs != theirs), place
 
 
-def interrupt_at(trainer: Trainer, step: int, moment: type[Any] = StepEnd) -> Trainer:
+def interrupt_at(trainer: Engine, step: int, moment: type[Any] = StepEnd) -> Engine:
     def act(event: Any) -> None:
         if trainer.step == step:
-            trainer.interrupt(signal.SIGTERM)
+            trainer.run.interrupt(signal.SIGTERM)
 
     trainer.subscribe(moment, act)
     return trainer
@@ -158,7 +158,7 @@ def test_a_run_may_be_cut_twice_in_one_epoch_and_resumed_with_another_number_of_
 def test_a_plain_loader_with_workers_resumes_in_the_same_order(tmp_path: Path) -> None:
     """Without random augmentation that is bit-identical."""
 
-    def fit(trainer: Trainer, resume: str | None = None) -> Trainer:
+    def fit(trainer: Engine, resume: str | None = None) -> Engine:
         torch.manual_seed(3)
         data = TensorDataset(Augmented().inputs, Augmented().target)
         train = DataLoader(data, batch_size=3, shuffle=True, num_workers=2)
@@ -182,7 +182,7 @@ def test_a_periodic_checkpoint_of_a_run_that_died_resumes_too(tmp_path: Path) ->
     dying.subscribe(StepEnd, die)
     with pytest.raises(MemoryError):
         run(dying)
-    assert [file.step for file in RunCheckpoint(tmp_path).files.files()] == [8, 4]
+    assert [file.step for file in RunCheckpoint(tmp_path).checkpoints.files()] == [8, 4]
     assert_same(run(build(tmp_path, "full", None), resume="auto"), through)
 
 
@@ -224,7 +224,7 @@ def test_settings_are_those_of_the_new_run_and_state_that_of_the_old(tmp_path: P
 
 def test_handlers_whose_state_is_missing_or_extra_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(build(tmp_path, "plain", None))
-    model = build(None, "plain", None).model
+    model = build(None, "plain", None).parts["model"]
     other = Trainer(
         model,
         torch.optim.AdamW(model.parameters(), lr=0.02),
@@ -277,13 +277,13 @@ def test_a_directory_of_an_earlier_run_is_not_written_over(tmp_path: Path) -> No
 
 def test_the_newest_are_kept_and_every_nth_for_ever(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", None, every_steps=2, keep=2, keep_every=3))
-    assert [file.number for file in RunCheckpoint(tmp_path).files.files()] == [8, 7, 6, 3]
+    assert [file.number for file in RunCheckpoint(tmp_path).checkpoints.files()] == [8, 7, 6, 3]
 
 
 def test_everything_saved_loads_as_weights_only_and_an_unsafe_value_is_refused_by_its_key(tmp_path: Path) -> None:
     trainer = build(tmp_path, "full", 11)
     run(trainer)
-    for file in RunCheckpoint(tmp_path).files.files():
+    for file in RunCheckpoint(tmp_path).checkpoints.files():
         torch.load(file.path, weights_only=True)
 
     class Unsafe(Callback):
@@ -302,7 +302,7 @@ def test_a_damaged_file_is_found_named_and_the_one_before_is_used(
 ) -> None:
     through = run(build(None, "plain", None))
     run(interrupt_at(build(tmp_path, "plain", None, every_steps=4), 10))
-    newest, _ = RunCheckpoint(tmp_path).files.files()
+    newest, _ = RunCheckpoint(tmp_path).checkpoints.files()
     content = bytearray(newest.path.read_bytes())
     content[len(content) // 2] ^= 1
     newest.path.write_bytes({"flip": bytes(content), "truncate": bytes(content[:1000]), "empty": b""}[damage])
@@ -313,7 +313,7 @@ def test_a_damaged_file_is_found_named_and_the_one_before_is_used(
 
 def test_if_every_file_is_damaged_that_is_an_error(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", None))
-    for file in RunCheckpoint(tmp_path).files.files():
+    for file in RunCheckpoint(tmp_path).checkpoints.files():
         file.path.write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="Every checkpoint in"):
         run(build(tmp_path, "plain", None), resume="auto")
@@ -322,7 +322,7 @@ def test_if_every_file_is_damaged_that_is_an_error(tmp_path: Path) -> None:
 def test_a_run_resumed_in_mid_epoch_has_not_done_that_epoch_yet(tmp_path: Path) -> None:
     """So a stop in it, the last of ``min_epochs``, does not count, as in the run that was never interrupted."""
 
-    def build_stubborn() -> Trainer:
+    def build_stubborn() -> Engine:
         trainer = build(tmp_path, "plain", None)
         trainer.subscribe(StepEnd, lambda event: trainer.stop("early") if trainer.epoch == 3 else None)
         return trainer
@@ -344,10 +344,10 @@ def test_a_fit_after_a_resumed_one_reads_its_data_from_the_start(tmp_path: Path)
 
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     run(build(tmp_path, "plain", None))
-    files = RunCheckpoint(tmp_path).files
+    files = RunCheckpoint(tmp_path).checkpoints
     state = torch.load(files.files()[0].path, weights_only=True) | {"format": 99}
     files.save(state, 14)
-    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads 2"):
+    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads 3"):
         run(build(tmp_path, "plain", None), resume="auto")
 
 
@@ -386,7 +386,7 @@ def test_the_script_style_resumes_in_mid_epoch(tmp_path: Path) -> None:
 
     through = script(make(None))
     cut = make(tmp_path)
-    cut.subscribe(StepEnd, lambda event: cut.interrupt(signal.SIGINT) if cut.step == 9 else None)
+    cut.subscribe(StepEnd, lambda event: cut.run.interrupt(signal.SIGINT) if cut.step == 9 else None)
     script(cut)
     assert cut.history.exit_code == 130
     assert all(torch.equal(a, b) for a, b in zip(script(make(tmp_path), "auto"), through, strict=True))
@@ -434,7 +434,7 @@ def test_a_step_with_optimizers_of_its_own_resumes_too(tmp_path: Path) -> None:
 
     through = fit(make(None))
     cut = make(tmp_path)
-    cut.subscribe(StepEnd, lambda event: cut.interrupt(signal.SIGTERM) if cut.step == 5 else None)
+    cut.subscribe(StepEnd, lambda event: cut.run.interrupt(signal.SIGTERM) if cut.step == 5 else None)
     fit(cut)
     resumed = fit(make(tmp_path), resume="auto")
     for name in ("body", "head", "slow", "fast"):

@@ -370,7 +370,7 @@ def test_a_root_that_cannot_be_written_is_refused_at_construction(tmp_path: Path
 
 def test_a_second_run_directory_is_refused(tmp_path: Path) -> None:
     """Handlers that write could not know which one is meant."""
-    with pytest.raises(ConfigurationError, match="Attach one RunDirectory"):
+    with pytest.raises(ConfigurationError, match="The engine has a RunDirectory already"):
         make_trainer(RunDirectory(tmp_path), RunDirectory(tmp_path))
 
 
@@ -401,7 +401,7 @@ def test_logging_does_not_change_the_weights(tmp_path: Path) -> None:
         watched, plain = make_trainer(RunDirectory(tmp_path), ProgressBar(file=file)), make_trainer()
         for trainer in (watched, plain):
             trainer.fit(TRAIN, VAL, epochs=2)
-    for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+    for mine, other in zip(watched.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)
 
 

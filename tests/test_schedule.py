@@ -29,7 +29,7 @@ def learning_rates(trainer: Engine) -> list[float]:
     return rates
 
 
-def schedule_trainer(make: MakeScheduler, *others: Callback, lr: float = 0.1, **settings: Any) -> Trainer:
+def schedule_trainer(make: MakeScheduler, *others: Callback, lr: float = 0.1, **settings: Any) -> Engine:
     return make_trainer(*others, Schedule(make, **settings), lr=lr)
 
 
@@ -64,8 +64,8 @@ def halve(every: int = 1) -> MakeScheduler:
     return lambda optimizer: StepLR(optimizer, every, gamma=0.5)
 
 
-def assert_same_weights(trainer: Trainer, loop: TorchLoop) -> None:
-    pairs = zip(trainer.model.parameters(), loop.model.parameters(), strict=True)
+def assert_same_weights(trainer: Engine, loop: TorchLoop) -> None:
+    pairs = zip(trainer.parts["model"].parameters(), loop.model.parameters(), strict=True)
     assert all(torch.equal(mine, other) for mine, other in pairs)
 
 
@@ -139,7 +139,7 @@ def test_an_update_that_the_scaler_skips_does_not_advance_the_schedule() -> None
     """The first and the third batch overflow: neither counts, and torch has no reason to warn of the order."""
     data = [(x * 1e12, y) if number in (0, 2) else (x, y) for number, (x, y) in enumerate(class_batches(*[8] * 5))]
     trainer = schedule_trainer(halve(), per="update")
-    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=1000)
+    trainer.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=1000))
     rates = learning_rates(trainer)
     trainer.fit(data, epochs=1)
     assert rates == [0.1, 0.1, 0.05, 0.05, 0.025]
@@ -158,7 +158,7 @@ def test_an_update_that_a_handler_skips_does_not_advance_the_schedule() -> None:
 def test_an_epoch_of_which_every_update_was_skipped_gives_no_warning() -> None:
     """Torch warns when a schedule moves before the first step of the optimizer; a scaler's first steps often fail."""
     trainer = schedule_trainer(halve(), per="epoch")
-    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    trainer.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**100))
     inputs, target = class_batches(8)[0]
     trainer.fit([(inputs * 1e12, target)], epochs=1)
     assert (trainer.num_updates, trainer.num_skipped_updates) == (0, 1)
@@ -345,7 +345,7 @@ def test_a_schedule_whose_optimizer_is_never_due_is_refused_after_the_first_epoc
 
 
 def test_what_was_made_for_a_total_and_cannot_be_stretched_is_refused_on_resume(tmp_path: Path) -> None:
-    def trainer() -> Trainer:
+    def trainer() -> Engine:
         def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> LRScheduler:
             return OneCycleLR(optimizer, 0.1, total)
 
@@ -394,9 +394,11 @@ def test_an_epoch_of_skipped_updates_counts_the_same_after_a_resume(tmp_path: Pa
 
     def run(stop: int | None, resume: str | None, *callbacks: Callback) -> float:
         trainer = schedule_trainer(halve(), *callbacks)
-        trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        trainer.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000))
         trainer.subscribe(LossReady, lambda event: event.loss * (1e38 if trainer.epoch == 2 else 1.0))
-        trainer.subscribe(StepEnd, lambda event: trainer.interrupt(signal.SIGTERM) if trainer.step == stop else None)
+        trainer.subscribe(
+            StepEnd, lambda event: trainer.run.interrupt(signal.SIGTERM) if trainer.step == stop else None
+        )
         trainer.fit(class_batches(8, 8, 8), epochs=3, resume=resume)
         return float(trainer.parts["optimizer"].param_groups[0]["lr"])
 

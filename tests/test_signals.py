@@ -85,7 +85,7 @@ def test_the_first_signal_saves_and_ends_the_run_with_its_code(
     assert f"interrupted by {number.name}" in out
     assert f"{number.name}: finishing the step; once more to stop now." in err
     step = int(out.split("step ")[-1].split()[0])
-    assert [file.step for file in RunCheckpoint(tmp_path).files.files()] == [step]
+    assert [file.step for file in RunCheckpoint(tmp_path).checkpoints.files()] == [step]
     if where == "train":  # it goes on, and can be interrupted again
         again = start(tmp_path, where, workers)
         os.killpg(again.pid, number)

@@ -166,7 +166,7 @@ def test_writing_does_not_change_the_weights(tmp_path: Path) -> None:
     watched, plain = make_trainer(TensorBoard(tmp_path)), make_trainer()
     for trainer in (watched, plain):
         trainer.fit(TRAIN, VAL, epochs=2)
-    for mine, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+    for mine, other in zip(watched.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -179,7 +179,7 @@ def test_ones_own_handler_can_write_beside_it(tmp_path: Path) -> None:
 
     @trainer.on(StepEnd, when=every(2))
     def note(event: StepEnd) -> None:
-        writer.add_scalar("step_loss", trainer.peek()["train_loss"], trainer.step)
+        writer.add_scalar("step_loss", trainer.current.peek()["train_loss"], trainer.step)
 
     trainer.fit(TRAIN, epochs=2)
     writer.close()

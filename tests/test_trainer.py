@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from camshaft.callbacks import Accumulate
-from camshaft.engine import ConfigurationError, DataError, Trainer
+from camshaft.engine import ConfigurationError, DataError, Engine, Trainer
 
 
 def data(inputs: Tensor, target: Tensor, batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(inputs, target), batch_size=batch_size)
 
 
-def make(model: nn.Module, loss_fn: Any, **settings: Any) -> Trainer:
+def make(model: nn.Module, loss_fn: Any, **settings: Any) -> Engine:
     parameters = [*model.parameters(), *(loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ())]
     return Trainer(model, torch.optim.Adam(parameters, lr=0.02), loss_fn, **settings)
 
@@ -94,18 +94,18 @@ def test_averages_are_those_of_all_samples_also_under_accumulation() -> None:
         torch.manual_seed(0)
         trainer = make(nn.Linear(6, 3), nn.CrossEntropyLoss(), callbacks=callbacks)
         trainer.parts["optimizer"].param_groups[0]["lr"] = 0.0
-        output = trainer.model(inputs()).detach().double()
+        output = trainer.parts["model"](inputs()).detach().double()
         expected = nn.functional.cross_entropy(output, CLASSES).item()
         assert trainer.fit(data(inputs(), CLASSES), epochs=1)["train_loss"] == [pytest.approx(expected, abs=1e-6)]
 
 
 def test_predict_gives_every_sample_in_order_in_eval_mode() -> None:
     trainer = make(nn.Sequential(nn.Dropout(0.9), nn.Linear(6, 3)), nn.CrossEntropyLoss())
-    expected = trainer.model[1](inputs())  # type: ignore[index]  # a Sequential
+    expected = trainer.parts["model"][1](inputs())
     predicted = trainer.predict(data(inputs(), CLASSES))
     assert torch.allclose(predicted, expected)
     assert not predicted.requires_grad
-    assert trainer.model.training
+    assert trainer.parts["model"].training
 
 
 def test_evaluate_leaves_the_run_alone() -> None:
@@ -143,9 +143,11 @@ def test_running_out_of_memory_in_the_loss_keeps_its_type() -> None:
 
 def test_the_script_style_can_use_the_trainers_own_step() -> None:
     trainer = make(nn.Linear(6, 3), nn.CrossEntropyLoss())
+    step = trainer.stepper
+    assert step is not None
     for _ in trainer.epochs(2):
         for batch in trainer.train(data(inputs(), CLASSES)):
-            trainer.training_step(batch)
+            step.train(trainer, batch)
         for batch in trainer.validate(data(inputs(), CLASSES)):
-            trainer.evaluation_step(batch)
+            step.evaluate(trainer, batch)
     assert len(trainer.history["val_loss"]) == 2

@@ -50,7 +50,7 @@ def make_engine(window: int = 1, step: Any = train_step) -> Engine:
     """An engine in function style, whose window is set on ``engine.update`` itself."""
     model = linear()
     engine = Engine(step, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-    engine.update.window_batches = window
+    engine.update.accumulate(batches=window)
     return engine
 
 
@@ -144,7 +144,7 @@ def test_no_gradient_outlives_its_update() -> None:
     """They are set to None, so that an optimizer skips what the next batch does not touch."""
     engine = make_engine()
     left: list[Tensor | None] = []
-    engine.subscribe(StepEnd, lambda event: left.extend(p.grad for _, p in event.engine.named_parameters()))
+    engine.subscribe(StepEnd, lambda event: left.extend(p.grad for _, p in event.engine.parts.named_parameters()))
     engine.fit(class_batches(8, 8), epochs=1)
     assert left == [None] * 4
 
@@ -155,7 +155,7 @@ def test_gradients_ready_shows_unscaled_gradients_to_the_bit(window: int) -> Non
     seen: list[list[list[Tensor]]] = []
     for scale in (torch.amp.GradScaler("cpu", init_scale=2.0**12), None):
         engine = make_engine(window)
-        engine.update.scaler = scale
+        engine.update.use_scaler(scale)
         seen.append([])
         engine.subscribe(GradientsReady, lambda event: seen[-1].append(gradients(event.engine)))
         engine.fit(class_batches(8, 8, 8, 8), epochs=1)
@@ -171,7 +171,7 @@ def test_the_scaler_has_unscaled_already_when_gradients_are_ready() -> None:
             event.engine.update.scaler.unscale_(event.engine.parts["optimizer"])  # type: ignore[union-attr]  # set below
 
     engine = make_engine()
-    engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    engine.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**12))
     engine.subscribe(GradientsReady, unscale_again)
     engine.fit(class_batches(8, 8), epochs=1)
     assert equal(weights(engine), by_hand([[batch] for batch in class_batches(8, 8)]))
@@ -180,11 +180,12 @@ def test_the_scaler_has_unscaled_already_when_gradients_are_ready() -> None:
 def test_a_step_that_the_scaler_skips_counts_as_skipped_and_moves_nothing() -> None:
     """Batch 3 of 5 overflows: it has neither an UpdateEnd nor a share in the weights."""
     data, engine = overflow_at(3, 5), make_engine()
-    engine.update.scaler = scaler()
+    engine.update.use_scaler(scaler())
     updates = steps_of(engine, UpdateEnd)
     engine.fit(data, epochs=1)
     assert updates == [1, 2, 4, 5]
     assert (engine.num_updates, engine.num_skipped_updates) == (4, 1)
+    assert engine.update.scaler is not None
     assert engine.update.scaler.get_scale() == 2.0**99
     assert equal(weights(engine), by_hand([[data[0]], [data[1]], [data[3]], [data[4]]]))
 
@@ -192,8 +193,9 @@ def test_a_step_that_the_scaler_skips_counts_as_skipped_and_moves_nothing() -> N
 def test_a_scale_that_grows_is_no_skipped_step() -> None:
     """Doubled after each update, it says nothing against any of them."""
     engine = make_engine()
-    engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    engine.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1))
     engine.fit(class_batches(8, 8, 8), epochs=1)
+    assert engine.update.scaler is not None
     assert engine.update.scaler.get_scale() == 16.0
     assert (engine.num_updates, engine.num_skipped_updates) == (3, 0)
 
@@ -265,7 +267,7 @@ def test_an_epoch_left_by_a_break_makes_the_update_of_its_window() -> None:
 def test_a_run_that_failed_within_a_window_leaves_nothing_to_the_next() -> None:
     """The batch before the error has no say in the second run, neither in its gradients nor in its scale."""
     data, engine = class_batches(*[8] * 4), make_trainer()
-    engine.update.window_batches = 2
+    engine.update.accumulate(batches=2)
     handle = engine.subscribe(StepEnd, lambda event: 1 / 0, when=lambda step: step == 1)
     with pytest.raises(ZeroDivisionError):
         engine.fit(data, epochs=1)
@@ -278,7 +280,9 @@ def test_a_handler_can_record_at_each_update_also_at_the_last_short_one() -> Non
     """The gradient norm of each of the two windows of an epoch is averaged into train_grad_norm."""
 
     def log_norm(event: GradientsReady) -> None:
-        norm = nn.utils.get_total_norm([p.grad for _, p in event.engine.named_parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm(
+            [p.grad for _, p in event.engine.parts.named_parameters() if p.grad is not None]
+        )
         norms.append(norm.item())
         event.engine.record(grad_norm=norm, weight=1)
 
@@ -306,9 +310,9 @@ def test_a_batch_weighs_in_its_window_by_the_samples_that_the_step_states() -> N
 def test_skip_leaves_out_this_one_update(scale: float | None) -> None:
     """Weights, momentum and count are as if batch 2 had not been; batch 3 is learnt from again."""
     data, engine = class_batches(8, 8, 8), make_engine()
-    engine.update.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    engine.update.use_scaler(None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale))
     updates = steps_of(engine, UpdateEnd)
-    engine.subscribe(GradientsReady, lambda event: event.engine.update.skip() if event.engine.step == 2 else None)
+    engine.subscribe(GradientsReady, lambda event: event.engine.run.skip_update() if event.engine.step == 2 else None)
     engine.fit(data, epochs=1)
     assert updates == [1, 3]
     assert (engine.num_updates, engine.num_skipped_updates) == (2, 1)
@@ -489,7 +493,7 @@ def test_a_loss_for_the_wrong_optimizer_is_refused(window: int, scaler: str | No
         engine.update(duel.discriminator(batch[0]).mean(), optimizer="slow")
 
     engine = Engine(step, slow=duel.slow, fast=duel.fast, discriminator=duel.discriminator, callbacks=duel.callbacks)
-    engine.update.scaler = None if scaler is None else torch.amp.GradScaler("cpu")
+    engine.update.use_scaler(None if scaler is None else torch.amp.GradScaler("cpu"))
     with pytest.raises(DataError, match=r'gave no gradient to anything that "slow" holds\. Name the optimizer'):
         engine.fit(class_batches(8), epochs=1)
 
@@ -583,7 +587,7 @@ def test_a_batch_of_no_samples_counts_for_nothing() -> None:
         loss = nn.functional.cross_entropy(engine.parts["model"](batch[0]), batch[1]) * (math.nan if none else 1.0)
         engine.update(loss, num_samples=0 if none else 8)
         engine.record(loss=loss, weight=0 if none else 8)
-        engine.peek()
+        engine.current.peek()
 
     engine = make_engine(3, step)
     history = engine.fit(data, epochs=1)
@@ -606,7 +610,7 @@ def test_an_overflow_of_one_optimizer_skips_no_other() -> None:
     """Each has a loss scaler of its own: the one whose scale is too high lowers it, alone."""
     duel = Duel()
     engine = duel.engine()
-    engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    engine.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**10))
     engine.subscribe(LossReady, lambda event: event.loss * 1e38 if event.optimizer is duel.slow else None)
     fast = steps_of(engine, UpdateEnd)
     engine.fit(class_batches(8, 8), epochs=1)
@@ -617,10 +621,10 @@ def test_an_overflow_of_one_optimizer_skips_no_other() -> None:
 
 
 def test_a_bad_loss_skips_the_update_of_its_own_optimizer() -> None:
-    duel = Duel(StopOnNonFinite("skip"))
+    duel = Duel()
     engine = duel.engine()
     engine.subscribe(LossReady, lambda event: event.loss * math.nan if event.optimizer is duel.fast else None)
-    engine.callbacks[0].attach(engine)  # looks at what the handler above has made of the loss
+    engine.attach(StopOnNonFinite("skip"))  # looks at what the handler above has made of the loss
     before = [value.clone() for value in duel.discriminator.state_dict().values()]
     engine.fit(class_batches(8), epochs=1)
     assert equal(list(duel.discriminator.state_dict().values()), before)
@@ -634,8 +638,8 @@ def test_a_run_with_two_open_windows_resumes_to_the_bit(cut: int, tmp_path: Path
     def run(checkpoint: list[Callback], stop: int | None, resume: str | None) -> Duel:
         duel = Duel(Accumulate(3), *checkpoint)
         engine = duel.engine()
-        engine.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
-        engine.subscribe(StepEnd, lambda event: engine.interrupt(signal.SIGTERM) if engine.step == stop else None)
+        engine.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2))
+        engine.subscribe(StepEnd, lambda event: engine.run.interrupt(signal.SIGTERM) if engine.step == stop else None)
         engine.fit(class_batches(*[8] * 5), epochs=2, resume=resume)
         return duel
 

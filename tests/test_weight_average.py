@@ -19,14 +19,13 @@ from camshaft.engine import (
     Engine,
     GradientsReady,
     StepEnd,
-    Trainer,
     UpdateEnd,
     ValidationEnd,
     ValidationStart,
 )
 
 
-def double_trainer(*callbacks: Callback) -> Trainer:
+def double_trainer(*callbacks: Callback) -> Engine:
     """In double precision, so that a formula can be checked to 1e-7 and beyond."""
     return make_trainer(*callbacks, model=linear().double(), lr=0.5)
 
@@ -111,7 +110,7 @@ def test_a_skipped_update_does_not_advance_the_average(skipper: str) -> None:
     trainer = make_trainer(WeightAverage("swa"), StopOnNonFinite("skip"))
     data = class_batches(8, 8, 8)
     if skipper == "scaler":
-        trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+        trainer.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**100))
     data[1] = (data[1][0] * (1e12 if skipper == "scaler" else float("nan")), data[1][1])
     weights = weights_at(trainer, StepEnd)
     trainer.fit(data, epochs=1)
@@ -151,7 +150,9 @@ def test_batch_norm_statistics_of_the_average_are_evaluated_with_its_weights(buf
     """They are averaged, too, or with ``buffers=False`` those of the newest weights."""
     trainer = make_trainer(WeightAverage(decay=0.5, buffers=buffers), model=deep())
     evaluated, raw, means = weights_at(trainer, ValidationEnd), weights_at(trainer, UpdateEnd), list[Tensor]()
-    trainer.subscribe(UpdateEnd, lambda event: means.append(trainer.model.get_buffer("1.running_mean").double()))
+    trainer.subscribe(
+        UpdateEnd, lambda event: means.append(trainer.parts["model"].get_buffer("1.running_mean").double())
+    )
     trainer.fit(class_batches(8, 8, 8), class_batches(8), epochs=1)
     assert torch.equal(evaluated[0], average_of(trainer))
     average = trainer.parts["weight_average"].module[1].running_mean.double()
@@ -159,7 +160,7 @@ def test_batch_norm_statistics_of_the_average_are_evaluated_with_its_weights(buf
     assert not torch.equal(evaluated[0], raw[-1])
 
 
-def run_deep(*callbacks: Callback, val: list[Batch] | None, **settings: Any) -> Trainer:
+def run_deep(*callbacks: Callback, val: list[Batch] | None, **settings: Any) -> Engine:
     trainer = make_trainer(*callbacks, model=deep())
     torch.manual_seed(1)
     trainer.fit(class_batches(8, 8, 8), val, epochs=4, **settings)
@@ -180,7 +181,7 @@ def test_training_goes_on_as_if_there_were_no_average(settings: dict[str, Any]) 
     """Validated after each step with the average, the raw weights, statistics and momentum are the same to the bit."""
     with_average = run_deep(WeightAverage(**settings), val=class_batches(8), validate_every="1 steps")
     plain = run_deep(val=None)
-    assert torch.equal(flat(with_average.model), flat(plain.model))
+    assert torch.equal(flat(with_average.parts["model"]), flat(plain.parts["model"]))
     assert with_average.history["train_loss"] == plain.history["train_loss"]
     mine, other = (run.parts["optimizer"].state_dict()["state"] for run in (with_average, plain))
     assert all(torch.equal(mine[key]["momentum_buffer"], other[key]["momentum_buffer"]) for key in other)
@@ -190,16 +191,16 @@ def test_validating_within_a_window_leaves_its_gradients_alone() -> None:
     """The weights are swapped and swapped back; what a window has gathered so far stays with the raw ones."""
     with_average = run_deep(Accumulate(2), WeightAverage(), val=class_batches(8), validate_every="1 steps")
     plain = run_deep(Accumulate(2), val=None)
-    assert torch.equal(flat(with_average.model), flat(plain.model))
+    assert torch.equal(flat(with_average.parts["model"]), flat(plain.parts["model"]))
 
 
 def test_an_evaluation_that_fails_puts_the_raw_weights_back() -> None:
     trainer = make_trainer(WeightAverage(decay=0.9))
     trainer.fit(class_batches(8, 8, 8), epochs=2)
-    before = flat(trainer.model)
+    before = flat(trainer.parts["model"])
     with pytest.raises(RuntimeError):
         trainer.evaluate([(torch.zeros(8, 99), torch.zeros(8, dtype=torch.long))])
-    assert torch.equal(flat(trainer.model), before)
+    assert torch.equal(flat(trainer.parts["model"]), before)
     assert not torch.equal(before, average_of(trainer))
 
 
@@ -213,7 +214,9 @@ def test_batch_norm_data_give_the_statistics_that_update_bn_gives(kind: Any) -> 
     by_hand[3] = nn.Identity()  # dropout comes after the statistics
     update_bn(data, by_hand)
     assert torch.equal(flat(trainer.parts["weight_average"].module), flat(by_hand))
-    assert not torch.allclose(by_hand.get_buffer("1.running_mean"), trainer.model.get_buffer("1.running_mean"))
+    assert not torch.allclose(
+        by_hand.get_buffer("1.running_mean"), trainer.parts["model"].get_buffer("1.running_mean")
+    )
 
 
 def test_batch_norm_data_draw_no_random_numbers_of_the_run() -> None:
@@ -261,7 +264,7 @@ def test_load_at_end_puts_the_average_into_the_model(kind: Any) -> None:
     for load_at_end in (True, False):
         average = WeightAverage(kind, batch_norm_data=data, buffers=False, load_at_end=load_at_end)
         trainer = run_deep(average, val=None)
-        assert torch.equal(flat(trainer.model), average_of(trainer)) == load_at_end
+        assert torch.equal(flat(trainer.parts["model"]), average_of(trainer)) == load_at_end
 
 
 def test_an_average_of_nothing_is_not_loaded() -> None:
@@ -269,7 +272,7 @@ def test_an_average_of_nothing_is_not_loaded() -> None:
     trainer, plain = make_trainer(WeightAverage(start=100, load_at_end=True)), make_trainer()
     for run in (trainer, plain):
         run.fit(class_batches(8, 8), epochs=1)
-    assert torch.equal(flat(trainer.model), flat(plain.model))
+    assert torch.equal(flat(trainer.parts["model"]), flat(plain.parts["model"]))
 
 
 def test_a_best_checkpoint_holds_the_averaged_weights_that_were_measured(tmp_path: Path) -> None:

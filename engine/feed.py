@@ -1,12 +1,4 @@
-"""Which samples come next: one pass over any iterable of batches, that can be begun again in its middle.
-
-Without a seed, a loader is used as it is. To begin again behind ``n`` batches, the generators are put back to where
-they were when the pass began, the batch sampler is run past the first ``n`` lists of indices without loading them, and
-the generators are set to where they were behind batch ``n``.
-
-With a seed, the order is a function of (seed, epoch), and the random numbers of a sample are one of (seed, epoch,
-position): nothing has to be run again, and the number of workers does not matter.
-"""
+"""Where batches come from: any iterable of them, which can be begun again in its middle."""
 
 from __future__ import annotations
 
@@ -15,15 +7,16 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, get_worker_info
 
 from .batch import tree_map
 from .errors import ConfigurationError, DataError
-from .rng import generator_states, mix, own_rng, rng_state, seed_everything, set_generator_states, set_rng_state
+from .rng import generator_states, mix, preserve_rng, rng_state, seed_everything, set_generator_states, set_rng_state
 from .signals import patient_worker
 
 logger = logging.getLogger("camshaft")
@@ -74,83 +67,145 @@ def one_pass(data: Data) -> Iterator[Any]:
     return iter(data if isinstance(data, Iterable) else data())
 
 
-class Pass:
-    """One pass over training data, and what it takes to begin it again in its middle.
+class Feed:
+    """The training data of one run, and where the run is in them.
+
+    Without a seed, a loader is used as it is. To begin again after ``n`` batches, the generators are set to where they
+    were when the pass began, the batch sampler is run past the first ``n`` lists of indices without loading them,
+    and the generators are set to where they were after batch ``n``.
+
+    With a seed, the order is a function of (seed, epoch), and the random numbers of a sample are a function of (seed,
+    epoch, position): nothing has to be run again, and the number of workers does not matter.
 
     Args:
-        data: what to pass over.
-        seeded: the engine's seeded view of ``data``, or None without a seed.
-        epoch: the epoch in which the pass begins.
-        step: the step before its first batch; the batches consumed are counted from there.
+        seed: the engine's seed; None uses the data as they are.
+
+    Attributes:
+        data: the present data set; None until one was opened.
+        length: its number of batches; None where that is unknown.
     """
 
-    def __init__(self, data: Data, *, seeded: SeededLoader | None, epoch: int, step: int) -> None:
-        self.data = data
-        self.epoch = epoch
-        self.first_step = step
-        self._rng = rng_state() | {"loader": generator_states(data)}
-        self.iterator = one_pass(data) if seeded is None else seeded.begin(epoch, skip=0)
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = seed
+        self.data: Data | None = None
+        self.length: int | None = None
+        self._seeded: SeededLoader | None = None
+        self._pass: _Pass | None = None
+        self._saved: dict[str, Any] | None = None  # a checkpoint's position, until an epoch begins there
 
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Return where the pass stands behind ``step``."""
-        own = self.data.state_dict() if _is_stateful(self.data) else None  # type: ignore[union-attr]  # just asked
+    def open(self, data: Data) -> None:
+        """Check a data set and make it the present one; the same one again changes nothing.
+
+        Raises:
+            ConfigurationError, DataError: as `check_data` does.
+        """
+        if data is self.data:
+            return
+        check_data("train", data)
+        self.data = data
+        self.length = num_batches(data)
+        self._seeded = SeededLoader(data, self._seed) if self._seed is not None and SeededLoader.fits(data) else None
+        self._pass = None
+
+    def begin(self, data: Data, epoch: int, step: int, *, go_on: bool) -> Iterator[Any]:
+        """Return the batches of an epoch, or of the rest of it in a run that was resumed within one.
+
+        Args:
+            data: what to read; opened if it is not the present data set.
+            epoch: the number of the epoch.
+            step: the training steps done so far.
+            go_on: continue the pass of the epoch before, where it stopped.
+        """
+        self.open(data)
+        if self._saved is not None:
+            self._pass, self._saved = self._resumed(data, self._saved, step), None
+        elif self._pass is None or not go_on:
+            rng = rng_state() | {"loader": generator_states(data)}
+            batches = one_pass(data) if self._seeded is None else self._seeded.begin(epoch, skip=0)
+            self._pass = _Pass(epoch, step, rng, batches)
+        return self._pass.batches
+
+    def end(self) -> None:
+        """End the pass: the next epoch begins a new one."""
+        self._pass = None
+
+    def exactness(self) -> str:
+        """Return how exactly a run over the present data can be resumed within an epoch, in words."""
+        data = self.data
+        if self._seeded is not None:
+            return "bit-identical"
+        if _is_stateful(data):
+            return "as exact as the loader's own state_dict"
+        if _has_positions(data):
+            if data.num_workers == 0:
+                return "bit-identical"
+            return "same order (random augmentation in workers differs; pass seed= to make it exact)"
+        if isinstance(data, Sequence):
+            return "bit-identical"
+        return "replayed: the consumed batches are read again, and must come out alike"
+
+    def state_dict(self, step: int) -> dict[str, Any] | None:
+        """Return the position of the pass after ``step``; None between two passes."""
+        if self._pass is None:
+            return self._saved
         return {
-            "epoch": self.epoch,
-            "consumed": step - self.first_step,
-            "rng": self._rng,
+            "epoch": self._pass.epoch,
+            "consumed": step - self._pass.first_step,
+            "rng": self._pass.rng,
             "loader_now": generator_states(self.data),
-            "own": own,
+            "own": self.data.state_dict() if _is_stateful(self.data) else None,
         }
 
-    @classmethod
-    def resume(cls, data: Data, state: dict[str, Any], *, seeded: SeededLoader | None, step: int) -> Pass:
-        """Return the pass, standing where ``state`` says.
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Let the next epoch begin at the position that `state_dict` returned.
 
-        The global generators must be as they were behind the last batch; they are so again when the next is read.
+        The global generators must then be as they were after the last batch; they are so again when the next one is
+        read.
         """
-        self = cls.__new__(cls)
-        self.data = data
-        self.epoch = state["epoch"]
-        self.first_step = step - state["consumed"]
-        self._rng = state["rng"]
-        if seeded is not None:
-            self.iterator = seeded.begin(self.epoch, skip=state["consumed"])
-        elif state["own"] is not None and _is_stateful(data):
-            data.load_state_dict(state["own"])  # type: ignore[union-attr]  # just asked
-            self.iterator = one_pass(data)
+        self._pass, self._saved = None, state
+
+    def _resumed(self, data: Data, state: dict[str, Any], step: int) -> _Pass:
+        consumed = state["consumed"]
+        if self._seeded is not None:
+            batches = self._seeded.begin(state["epoch"], skip=consumed)
+        elif state["own"] is not None and _is_stateful(loader := data):
+            loader.load_state_dict(state["own"])
+            batches = one_pass(data)
         else:
             now = rng_state()
-            set_rng_state(self._rng)
-            set_generator_states(data, self._rng["loader"])
+            set_rng_state(state["rng"])
+            set_generator_states(data, state["rng"]["loader"])
 
-            def put_back() -> None:
+            def restore_generators() -> None:
                 set_rng_state(now)
                 set_generator_states(data, state["loader_now"])
 
-            self.iterator = _behind(data, state["consumed"], put_back)
-        return self
+            batches = _skip_batches(data, consumed, restore_generators)
+        return _Pass(state["epoch"], step - consumed, state["rng"], batches)
 
 
-def exactness(data: Data, *, seeded: bool) -> str:
-    """Return how exactly a run over ``data`` can be resumed in mid-epoch, in words."""
-    if seeded:
-        return "bit-identical"
-    if _is_stateful(data):
-        return "as exact as the loader's own state_dict"
-    if _has_positions(data):
-        if data.num_workers == 0:
-            return "bit-identical"
-        return "same order (random augmentation in workers differs; pass seed= to make it exact)"
-    if isinstance(data, Sequence):
-        return "bit-identical"
-    return "replayed: the consumed batches are read again, and must come out alike"
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass over the training data.
+
+    Attributes:
+        epoch: the epoch in which it began.
+        first_step: the training steps done before its first batch.
+        rng: the generators when it began.
+        batches: those that are still to come.
+    """
+
+    epoch: int
+    first_step: int
+    rng: dict[str, Any]
+    batches: Iterator[Any]
 
 
 class SeededLoader:
     """A map-style DataLoader whose order and augmentation depend on (seed, epoch, position) alone."""
 
-    def __init__(self, data: DataLoader[Any], seed: int) -> None:
-        loader = self.data = data
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self._is_checked = False
         self._batches = _PositionedBatches(loader, seed)
         self._dataset = _SeededDataset(loader.dataset, seed)
         self._loader = _like(
@@ -162,11 +217,14 @@ class SeededLoader:
         )
 
     def begin(self, epoch: int, *, skip: int) -> Iterator[Any]:
-        """Return an iterator over the epoch's batches behind the first ``skip``."""
+        """Return an iterator over the epoch's batches after the first ``skip``."""
+        if not self._is_checked:
+            self._is_checked = True
+            self._check_repeats()
         self._batches.epoch, self._batches.skip = epoch, skip
         return one_pass(self._loader)
 
-    def check_repeats(self) -> None:
+    def _check_repeats(self) -> None:
         """Read the first batch twice under one seed, and warn if it differs: something draws from elsewhere."""
         tagged = next(iter(self._batches), None)
         if tagged is None:
@@ -225,7 +283,7 @@ class _PositionedBatches:
         sampler = self._loader.sampler
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(epoch)
-        with own_rng():
+        with preserve_rng():
             seed_everything(mix(self._seed, epoch, 1) % 2**63)
             lists = list(self._loader.batch_sampler or ())
         position = 0
@@ -244,7 +302,7 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitems__(self, tagged: list[Any]) -> list[Any]:
         if get_worker_info() is None:
-            with own_rng():
+            with preserve_rng():
                 return self._read(tagged)
         return self._read(tagged)
 
@@ -276,36 +334,36 @@ class _SeededDataset(Dataset[Any]):
             hook(seed)
 
 
-class _Behind:
-    """A sampler from its ``num``-th item on; ``then`` is called when the others are through."""
+class _SkippingSampler:
+    """A sampler without its first ``num`` items; ``on_skipped`` is called after they were drawn."""
 
-    def __init__(self, sampler: Iterable[Any], num: int, then: Callable[[], None]) -> None:
+    def __init__(self, sampler: Iterable[Any], num: int, on_skipped: Callable[[], None]) -> None:
         self._sampler = sampler
         self._num = num
-        self._then = then
+        self._on_skipped = on_skipped
 
     def __iter__(self) -> Iterator[Any]:
         items = iter(self._sampler)
         for _ in itertools.islice(items, self._num):
             pass
-        self._then()
+        self._on_skipped()
         yield from items
 
 
-def _behind(data: Data, num: int, then: Callable[[], None]) -> Iterator[Any]:
-    """Return an iterator behind the first ``num`` batches, not loading them where that can be helped."""
+def _skip_batches(data: Data, num: int, on_skipped: Callable[[], None]) -> Iterator[Any]:
+    """Return the batches after the first ``num``, which are not loaded where that can be avoided."""
     if _has_positions(data):
         if data.batch_sampler is not None:
-            return one_pass(_like(data, batch_sampler=_Behind(data.batch_sampler, num, then)))
-        return one_pass(_like(data, sampler=_Behind(data.sampler, num, then), batch_size=None))
+            return one_pass(_like(data, batch_sampler=_SkippingSampler(data.batch_sampler, num, on_skipped)))
+        return one_pass(_like(data, sampler=_SkippingSampler(data.sampler, num, on_skipped), batch_size=None))
     if isinstance(data, Sequence):
-        then()
+        on_skipped()
         return itertools.islice(data, num, None)
-    iterator = one_pass(data)
-    for _ in itertools.islice(iterator, num):
+    batches = one_pass(data)
+    for _ in itertools.islice(batches, num):
         pass
-    then()
-    return iterator
+    on_skipped()
+    return batches
 
 
 def _like(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
@@ -340,7 +398,15 @@ def _has_positions(data: object) -> TypeGuard[DataLoader[Any]]:
     return type(data) is DataLoader and not isinstance(data.dataset, IterableDataset)
 
 
-def _is_stateful(data: object) -> bool:
+class _Stateful(Protocol):
+    """A loader that keeps its own position, as torchdata's StatefulDataLoader does."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def _is_stateful(data: object) -> TypeGuard[_Stateful]:
     return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from camshaft.engine import ConfigurationError, DataError, Engine, repeat
-from camshaft.engine.order import Pass, SeededLoader, check_data, exactness, num_batches
+from camshaft.engine.feed import Feed, check_data, num_batches
 from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
 
 GOLDEN_MIX = [17650578182555822980, 8764810008325594656, 13683858685767402644]
@@ -91,7 +92,14 @@ class Doubled(Dataset[Tensor]):
 
 
 def read(loader: Any, epoch: int = 1, skip: int = 0, seed: int = 5) -> list[Tensor]:
-    return list(SeededLoader(loader, seed).begin(epoch, skip=skip))
+    """Read what an epoch has after its first ``skip`` batches, as a run that is resumed there does."""
+    feed = Feed(seed)
+    if skip:
+        first = Feed(seed)
+        for _ in itertools.islice(first.begin(loader, epoch, 0, go_on=False), skip):
+            pass
+        feed.load_state_dict(first.state_dict(skip))
+    return list(feed.begin(loader, epoch, skip, go_on=False))
 
 
 @pytest.mark.parametrize("settings", [{"shuffle": True}, {"shuffle": False}, {"shuffle": True, "drop_last": True}])
@@ -143,7 +151,9 @@ def test_a_dataset_with_a_generator_of_its_own_is_told_the_seed() -> None:
 def test_a_sample_that_raises_says_where_it_stands() -> None:
     class Broken(Doubled):
         def __getitem__(self, index: int) -> Tensor:
-            raise OSError("unreadable")
+            if index == 2:
+                raise OSError("unreadable")
+            return super().__getitem__(index)
 
     with pytest.raises(OSError, match="unreadable") as caught:
         read(DataLoader(Broken(4), 2), epoch=3, skip=1)
@@ -152,14 +162,15 @@ def test_a_sample_that_raises_says_where_it_stands() -> None:
 
 def resumed(data: Any, batches: int = 6, cut: int = 4) -> tuple[list[Any], list[Any]]:
     """Return the batches of a pass behind ``cut``, read through and resumed."""
-    first = Pass(data, seeded=None, epoch=1, step=0)
-    through = [next(first.iterator) for _ in range(cut)]
+    first, again = Feed(), Feed()
+    reading = first.begin(data, 1, 0, go_on=False)
+    through = [next(reading) for _ in range(cut)]
     state, now = first.state_dict(cut), rng_state()
-    through += list(first.iterator)
+    through += list(reading)
     set_rng_state(now)
-    again = Pass.resume(data, state, seeded=None, step=cut)
+    again.load_state_dict(state)
     assert len(through) == batches
-    return through[cut:], list(again.iterator)
+    return through[cut:], list(again.begin(data, 1, cut, go_on=False))
 
 
 def test_batches_in_a_list_are_skipped_by_slicing() -> None:
@@ -218,7 +229,9 @@ def test_a_loader_with_a_state_of_its_own_is_asked_for_it() -> None:
     ],
 )
 def test_how_exactly_a_run_can_be_resumed_is_said_in_words(data: Any, seeded: bool, words: str) -> None:
-    assert exactness(data, seeded=seeded).startswith(words)
+    feed = Feed(0 if seeded else None)
+    feed.open(data)
+    assert feed.exactness().startswith(words)
 
 
 def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -226,8 +239,8 @@ def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCapt
         def __getitem__(self, index: int) -> Tensor:
             return torch.tensor([index, random.SystemRandom().random()])
 
-    SeededLoader(DataLoader(Elsewhere(4), 2), 0).check_repeats()
+    read(DataLoader(Elsewhere(4), 2))
     assert "differs: the dataset draws from a generator of its own. Give it a method set_sample_seed" in caplog.text
     caplog.clear()
-    SeededLoader(DataLoader(Doubled(4), 2), 0).check_repeats()
+    read(DataLoader(Doubled(4), 2))
     assert not caplog.text

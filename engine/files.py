@@ -1,0 +1,141 @@
+"""Atomic files: after a crash at any moment a name holds the old content or the new one, complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from .batch import tree_map
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def write_durably(
+    path: Path, write: Callable[[BinaryIO], object], *, final: Callable[[str], Path] | None = None
+) -> Path:
+    """Write a file so that after a crash at any moment its name holds the old content or the new, whole.
+
+    A temporary file in the same directory is written, flushed and synced; it then takes the name in one
+    step, and the directory is synced.
+
+    Args:
+        path: the name, or what the temporary file's name is made of if ``final`` tells the name.
+        write: writes the content into an open file.
+        final: the name, given the SHA-256 of the content.
+
+    Raises:
+        OSError: if the disk is full or the directory cannot be written; what was there is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            hashing = _HashingFile(file)
+            write(cast("BinaryIO", hashing))
+            file.flush()
+            os.fsync(file.fileno())
+        path = path if final is None else final(hashing.digest.hexdigest())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save hides a full disk behind an internal error
+        raise
+    sync_directory(path.parent)
+    return path
+
+
+class _HashingFile:
+    """A file that is only written to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, value: Any) -> None:
+    """Write ``value`` with ``torch.save``, durably; tensors go to the CPU first, so that it loads anywhere."""
+    save_together({path: value})
+
+
+def save_together(values: dict[Path, Any]) -> None:
+    """Write several files of one moment: none takes its name before all of them are whole and on the disk."""
+    temporaries: dict[Path, Path] = {}
+    try:
+        for path, value in values.items():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.ready")
+            temporaries[path] = temporary
+            on_cpu = tree_map(Tensor.cpu, value)
+            write_durably(temporary, lambda file, on_cpu=on_cpu: torch.save(on_cpu, file))  # type: ignore[misc]  # bound now
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+    for directory in {path.parent for path in values}:
+        sync_directory(directory)
+
+
+def ensure_writable(directory: Path, owner: str) -> None:
+    """Make the directory if need be and try to write in it.
+
+    Raises:
+        ConfigurationError: naming the directory and who wanted it, if that fails.
+    """
+    probe = directory / f".probe.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{owner} cannot write in {directory}: {error.strerror}. Pass a directory that can be written."
+        ) from error
+
+
+def directory_for(engine: Engine, owner: str, wanted: str | Path | None = None, *, within: str = "") -> Path:
+    """Return the directory that ``owner`` writes in: the one it wants, or the run directory.
+
+    It is made if it does not exist, and tried.
+
+    Args:
+        engine: whose run directory.
+        owner: who wants to write, for messages.
+        wanted: a directory; None for the run directory.
+        within: a directory within the run directory.
+
+    Raises:
+        ConfigurationError: if there is neither, or it cannot be written.
+    """
+    if wanted is None and engine.directory is None:
+        raise ConfigurationError(f"{owner} has nowhere to write. Pass it a directory, or add RunDirectory().")
+    directory = Path(wanted) if wanted is not None else Path(str(engine.directory), within)
+    ensure_writable(directory, owner)
+    return directory

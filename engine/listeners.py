@@ -1,0 +1,135 @@
+"""Who listens to an engine: event handlers, context managers around parts of a run, and callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from .callback import Callback, check_callback
+from .dispatch import Channel, Subscription, check_event, check_handler, describe, location, when_text
+from .errors import ConfigurationError, did_you_mean
+from .events import Event, known_events
+from .when import as_when
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+E = TypeVar("E", bound=Event)
+Scope = Literal["fit", "forward", "evaluation"]
+Manager = Callable[[], AbstractContextManager[Any]]
+
+
+class Listeners:
+    """All that listens to one engine.
+
+    Attributes:
+        engine: the engine that its events carry.
+        callbacks: the attached callbacks, in order.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.callbacks: list[Callback] = []
+        self._channels: dict[type[Event], Channel[Any]] = {}
+        self._managers: dict[Scope, list[Manager]] = {}
+
+    def attach(self, callback: Callback) -> None:
+        """Attach one more callback, after the others.
+
+        Raises:
+            ConfigurationError: if it is not a callback, is attached already, or is one of a class of which an engine
+                takes only one.
+        """
+        callback = check_callback(callback)
+        if any(callback is other for other in self.callbacks):
+            raise ConfigurationError(f"{callback!r} is attached twice. Attach it once, or make a second one.")
+        if callback.unique and any(type(other) is type(callback) for other in self.callbacks):
+            raise ConfigurationError(f"The engine has a {type(callback).__name__} already. Attach only one.")
+        callback.attach(self.engine)
+        self.callbacks.append(callback)
+
+    def channel(self, event: type[E]) -> Channel[E]:
+        """Return the event's channel, made on first request.
+
+        Raises:
+            HandlerError: if ``event`` is not an event class.
+        """
+        channel = self._channels.get(event)
+        if channel is None:
+            check_event(event)
+            channel = self._channels[event] = Channel(event)
+        return channel
+
+    def subscribe(self, event: type[E], handler: Callable[[E], object], when: object = None) -> Subscription[E]:
+        """Check the handler, then add it to the event's channel.
+
+        Raises:
+            HandlerError: if ``event`` is not an event class, or the handler cannot be called with one event.
+            ConfigurationError: if ``when`` is not a filter.
+        """
+        channel = self.channel(event)
+        check_handler(event, handler)
+        return channel.add(handler, as_when(when))
+
+    def hears(self, event: type[Event]) -> bool:
+        """Return whether the event has a handler: ask before building a costly event of your own."""
+        return bool(self.channel(event).subscriptions)
+
+    def rewind(self) -> None:
+        """Ask every filter again, because the counters were set to other values."""
+        for channel in self._channels.values():
+            channel.rewind()
+
+    def around(self, scope: Scope, manager: Manager) -> None:
+        """Enter ``manager()`` around every "fit", "forward" (model and loss) or "evaluation".
+
+        Managers are entered in the order of these calls and left in reverse order, also after an error. FitStart and
+        FitEnd happen inside "fit".
+        """
+        if scope not in get_args(Scope):
+            raise ConfigurationError(
+                f'"{scope}" is not a scope. {did_you_mean(scope, get_args(Scope))}'
+                f"Write one of: {', '.join(get_args(Scope))}."
+            )
+        if not callable(manager) or isinstance(manager, AbstractContextManager):
+            raise ConfigurationError(
+                f'{manager!r} is not a function, and the scope "{scope}" is entered again and again. '
+                "Pass a function that makes one: lambda: torch.autocast(...)."
+            )
+        self._managers.setdefault(scope, []).append(manager)
+
+    def scope(self, scope: Scope) -> AbstractContextManager[Any]:
+        """Return the context managers that callbacks put around ``scope``, as one."""
+        managers = self._managers.get(scope)
+        if not managers:
+            return _NOTHING
+        return managers[0]() if len(managers) == 1 else _entered(managers)
+
+    def explain(self) -> str:
+        """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
+        order = list(known_events().values())
+        heard = [channel for channel in self._channels.values() if channel.subscriptions]
+        heard.sort(key=lambda channel: order.index(channel.event) if channel.event in order else len(order))
+        lines = [line for channel in heard for line in _explained(channel)] or ["No event has a handler."]
+        lines += [f"around {scope}: {len(managers)} context managers" for scope, managers in self._managers.items()]
+        return "\n".join(lines)
+
+
+def _explained(channel: Channel[Any]) -> list[str]:
+    handlers = [
+        f"  {position}. {describe(s.handler)}{when_text(s.when)}  {location(s.handler)}".rstrip()
+        for position, s in enumerate(channel.subscriptions, start=1)
+    ]
+    return [channel.event.__name__, *handlers]
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+@contextmanager
+def _entered(managers: list[Manager]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager())
+        yield

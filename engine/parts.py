@@ -1,0 +1,47 @@
+"""The named objects of a run: model, optimizer, loss and whatever else it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Parts(dict[str, Any]):
+    """The objects of a run by name, such as ``model`` and ``optimizer``.
+
+    >>> parts = Parts(model=nn.Linear(2, 1), name="a run")
+    >>> list(parts.modules()), str(parts.device)
+    (['model'], 'cpu')
+    """
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the parts that are modules, by name."""
+        return {name: part for name, part in self.items() if isinstance(part, nn.Module)}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the parts that are optimizers, by name."""
+        return {name: part for name, part in self.items() if isinstance(part, torch.optim.Optimizer)}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every parameter of every module, with its name within that module."""
+        for module in self.modules().values():
+            yield from module.named_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter; the CPU where there is none."""
+        return next((parameter.device for _, parameter in self.named_parameters()), torch.device("cpu"))
+
+    @contextmanager
+    def preserve_modes(self) -> Iterator[None]:
+        """Set the training or eval mode of each layer back, after the block, to what it was before."""
+        modes = {layer: layer.training for module in self.modules().values() for layer in module.modules()}
+        try:
+            yield
+        finally:
+            for layer, mode in modes.items():
+                layer.training = mode

@@ -1,0 +1,150 @@
+"""What is done with one batch: handed to the engine, which owns the loop around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from .batch import call_model, num_samples, outline, prepare_batch, tree_map
+from .errors import ConfigurationError, DataError
+from .stages import refuse_outside_a_stage
+from .update import check_loss
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+StepOutput = Tensor | Mapping[str, Any] | None
+StepFunction = Callable[["Engine", Any], StepOutput]
+Loss = Callable[..., Any]
+
+
+@runtime_checkable
+class Step(Protocol):
+    """What an engine does with a batch."""
+
+    def train(self, engine: Engine, batch: Any, /) -> StepOutput:
+        """Train on a batch, and return what to record: None, a tensor (recorded as ``loss``) or ``{name: tensor}``."""
+
+    def evaluate(self, engine: Engine, batch: Any, /) -> StepOutput:
+        """Evaluate a batch, and return what to record."""
+
+    def inputs(self, batch: Any, /) -> Any:
+        """Return what the model is called with."""
+
+
+class FunctionStep:
+    """A function ``step(engine, batch)`` as a step: it looks at ``engine.training`` to know what to do."""
+
+    def __init__(self, function: StepFunction) -> None:
+        if not callable(function):
+            raise ConfigurationError(f"step is {function!r}, not a function. Write def step(engine, batch): ...")
+        self.train = self.evaluate = function
+
+    def inputs(self, batch: Any, /) -> Any:
+        """Return the first of a pair, and otherwise what `prepare_batch` takes for the inputs."""
+        return prepare_batch(batch)[0]
+
+
+class SupervisedStep:
+    """Forward, loss, update, record: the step of a `Trainer`.
+
+    Model and loss are the parts ``model`` and ``loss_fn`` of the engine that runs it.
+
+    Args:
+        loss_fn: a module or function that returns the mean loss over the batch.
+        prepare_batch: splits a batch into ``(inputs, target)``.
+    """
+
+    def __init__(self, loss_fn: Loss, prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch) -> None:
+        self.prepare_batch = prepare_batch
+        self._num_loss_arguments = _num_required(loss_fn)
+
+    def train(self, engine: Engine, batch: Any, /) -> None:
+        """Train on one batch."""
+        output, target, loss = self._forward(engine, batch)
+        weight = num_samples(batch)
+        engine.update(loss, weight)
+        self._record(engine, output, target, loss, weight)
+
+    def train_in_parts(self, engine: Engine, parts: Sequence[Any], batch_size: int) -> None:
+        """Train on one batch that comes in parts, with the gradients and the averages of the whole batch."""
+        done: list[tuple[Any, Any, Tensor, int]] = []
+        for part in parts:
+            output, target, loss = self._forward(engine, part)
+            weight = num_samples(part)
+            engine.update(loss, weight, batch_size=batch_size)
+            done.append((tree_map(Tensor.detach, output), target, loss.detach(), weight))
+        for values in done:  # only after all of them succeeded
+            self._record(engine, *values)
+
+    def evaluate(self, engine: Engine, batch: Any, /) -> None:
+        """Evaluate one batch."""
+        output, target, loss = self._forward(engine, batch)
+        check_loss(loss, engine.parts)
+        self._record(engine, output, target, loss, num_samples(batch))
+
+    def inputs(self, batch: Any, /) -> Any:
+        """Return what ``prepare_batch`` takes for the inputs."""
+        return self.prepare_batch(batch)[0]
+
+    def _forward(self, engine: Engine, batch: Any) -> tuple[Any, Any, Tensor]:
+        inputs, target = self.prepare_batch(batch)
+        with engine.scope("forward"):
+            try:
+                output = call_model(engine.parts["model"], inputs)
+            except ValueError as error:
+                if "more than 1 value per channel" in str(error):
+                    raise DataError(
+                        f"Batch normalisation got a batch of one sample at step {engine.step}. "
+                        "Pass drop_last=True to the DataLoader, or choose another batch size."
+                    ) from error
+                raise
+            loss = self._call_loss(engine.parts["loss_fn"], output, target)
+        current = engine.current
+        current.output, current.target = output, target
+        return output, target, loss
+
+    def _call_loss(self, loss_fn: Loss, output: Any, target: Any) -> Tensor:
+        arguments: tuple[Any, ...] = (output, target)
+        if self._num_loss_arguments == 1:
+            arguments = (output,)
+        elif self._num_loss_arguments > 2 and isinstance(output, tuple):
+            arguments = output if len(output) == self._num_loss_arguments else (*output, target)
+        try:
+            loss = loss_fn(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            raise DataError(
+                f"The loss {_name(loss_fn)} could not take the output, {outline(output)}, and the target, "
+                f"{outline(target)} ({str(error).rstrip('.')}). "
+                "Pass a function that can: loss_fn=lambda output, target: ..."
+            ) from error
+        if isinstance(loss, tuple) and "loss" in getattr(loss, "_fields", ()):
+            loss = loss.loss  # type: ignore[attr-defined]  # AdaptiveLogSoftmaxWithLoss: a named tuple
+        return loss  # type: ignore[no-any-return]  # check_loss sees to it, here or in engine.update
+
+    def _record(self, engine: Engine, output: Any, target: Any, loss: Tensor, weight: int) -> None:
+        record = engine.current.record or refuse_outside_a_stage()
+        record.accumulate("loss", loss, weight)
+        record.measure(output, target, weight)
+
+
+def _num_required(function: Loss) -> int:
+    """Return how many positional arguments the loss needs; 2 where that cannot be known."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except ValueError:
+        return 2
+    kinds = [p.kind for p in signature.parameters.values() if p.default is p.empty]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return 2
+    return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+
+
+def _name(function: Loss) -> str:
+    return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "loss_fn")

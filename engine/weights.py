@@ -1,0 +1,50 @@
+"""Plain weights: out of their wrappers, compared, and loaded as a whole or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None:
+    """Load a plain state dict into the bare model, or nothing at all.
+
+    Raises:
+        CheckpointError: naming the first five differences, if the weights are of another architecture.
+    """
+    target = unwrap(model)
+    if differences := weight_differences(target, weights):
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            f"{source} is of another architecture: {'; '.join(differences[:5])}{more}. "
+            "Build the model as it was when the file was written; nothing was loaded."
+        )
+    target.load_state_dict(weights)
+
+
+def weight_differences(model: nn.Module, weights: dict[str, Any]) -> list[str]:
+    """Return, in words, where a state dict differs from the model's in names or shapes."""
+    own = model.state_dict()
+    differences = [f"{name} is missing" for name in own if name not in weights]
+    differences += [f"{name} is unknown to the model" for name in weights if name not in own]
+    shared = {name: value for name, value in weights.items() if isinstance(own.get(name), Tensor)}
+    differences += [
+        f"{name} has shape {list(value.shape)}, the model's has {list(own[name].shape)}"
+        for name, value in shared.items()
+        if value.shape != own[name].shape
+    ]
+    return differences
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model itself, out of any DataParallel, DistributedDataParallel or compiled wrapper."""
+    while True:
+        wrapped = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            wrapped = model.module
+        if not isinstance(wrapped, nn.Module):
+            return model
+        model = wrapped
