@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from camshaft.engine import Callback, Engine, Trainer
 
 Batch = tuple[Tensor, Tensor]
+GOLDEN = Path(__file__).with_name("data")
 
 
 def class_batches(*sizes: int, seed: int = 0) -> list[Batch]:
@@ -65,3 +69,28 @@ def run_python(script: str, *arguments: object, timeout: float = 120) -> subproc
         text=True,
         timeout=timeout,
     )
+
+
+def check_golden(name: str, text: str, *, update: str) -> None:
+    """Fail with a diff unless the file of this name in tests/data holds ``text``; ``update`` is what rewrites it."""
+    kept = read_golden(name)
+    if text == kept:
+        return
+    diff = difflib.unified_diff(
+        kept.splitlines(), text.splitlines(), f"tests/data/{name}", "what the code has now", lineterm=""
+    )
+    shown = "\n".join(diff)
+    pytest.fail(f"{shown}\n\nIf this change is meant, run `{update}` and commit what it writes.", pytrace=False)
+
+
+def write_golden(name: str, text: str) -> None:
+    """Let the file of this name in tests/data hold ``text``, and say so."""
+    done = "as it was" if text == read_golden(name) else "changed"
+    (GOLDEN / name).write_text(text)
+    print(f"Wrote tests/data/{name}: {len(text.splitlines())} lines, {done}.")
+
+
+def read_golden(name: str) -> str:
+    """What the file of this name in tests/data holds; nothing if there is none yet."""
+    file = GOLDEN / name
+    return file.read_text() if file.exists() else ""
