@@ -18,6 +18,7 @@ from camshaft.engine import Callback, Engine, Trainer
 
 Batch = tuple[Tensor, Tensor]
 GOLDEN = Path(__file__).with_name("data")
+README = Path(__file__).parent.parent / "README.md"
 
 
 def class_batches(*sizes: int, seed: int = 0) -> list[Batch]:
@@ -69,6 +70,12 @@ def run_python(script: str, *arguments: object, timeout: float = 120) -> subproc
         text=True,
         timeout=timeout,
     )
+
+
+def documented_events() -> list[str]:
+    """The names in README's table of events, which are in firing order."""
+    table = README.read_text().split("## Events, in")[1].split("##")[0]
+    return [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
 
 
 def check_golden(name: str, text: str, *, update: str) -> None:

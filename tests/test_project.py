@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import documented_events
 
 import camshaft.callbacks
 import camshaft.engine
@@ -110,10 +111,8 @@ def test_your_own_handler_and_event_take_less_than_15_lines_each() -> None:
 def test_the_readme_lists_the_events_in_firing_order() -> None:
     from camshaft.engine.events import known_events
 
-    table = (ROOT / "README.md").read_text().split("## Events, in")[1].split("##")[0]
-    told = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     builtin = [event.__name__ for event in known_events().values() if event.__module__ == "camshaft.engine.events"]
-    assert told == builtin
+    assert documented_events() == builtin
 
 
 def test_the_readme_lists_every_handler() -> None:
