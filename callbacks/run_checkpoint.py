@@ -85,7 +85,7 @@ class RunCheckpoint(Callback):
         self.on_error = on_error
         self._writer = _Writer(self._write) if background else None
         self._failures = 0
-        self._saved_at: tuple[int, Phase, int] | None = None
+        self._saved_at: tuple[int, int, Phase, int] | None = None
         self._owns = False  # whether this object has begun to write in the directory
 
     def attach(self, engine: Engine) -> None:
@@ -110,7 +110,7 @@ class RunCheckpoint(Callback):
     def on_settled(self, event: Settled) -> None:
         """Save if it is due."""
         engine = event.engine
-        here = (engine.step, engine.run.phase, engine.num_validations)
+        here = (engine.epoch, engine.step, engine.run.phase, engine.num_validations)
         if here != self._saved_at and self._is_due(engine):
             self._saved_at = here
             self._save(engine, is_last=engine.run.is_over)

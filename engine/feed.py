@@ -117,9 +117,13 @@ class Feed:
             go_on: continue the pass of the epoch before, where it stopped.
         """
         self.open(data)
-        if self._saved is not None:
-            self._pass, self._saved = self._resumed(data, self._saved, step), None
-        elif self._pass is None or not go_on:
+        saved, self._saved = self._saved, None
+        if saved is not None and saved["pass"] is not None:
+            self._pass = self._resumed(data, saved["pass"], saved["generators"], step)
+            return self._pass.batches
+        if saved is not None:
+            set_generator_states(data, saved["generators"])
+        if self._pass is None or not go_on:
             rng = rng_state() | {"loader": generator_states(data)}
             batches = one_pass(data) if self._seeded is None else self._seeded.begin(epoch, skip=0)
             self._pass = _Pass(epoch, step, rng, batches)
@@ -145,14 +149,19 @@ class Feed:
         return "replayed: the consumed batches are read again, and must come out alike"
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
-        """Return the position of the pass after ``step``; None between two passes."""
-        if self._pass is None:
+        """Return the position in the data after ``step``; None if there are no data yet."""
+        if self._saved is not None or self.data is None:
             return self._saved
         return {
-            "epoch": self._pass.epoch,
-            "consumed": step - self._pass.first_step,
-            "rng": self._pass.rng,
-            "loader_now": generator_states(self.data),
+            "generators": generator_states(self.data),
+            "pass": None if self._pass is None else self._position(self._pass, step),
+        }
+
+    def _position(self, now: _Pass, step: int) -> dict[str, Any]:
+        return {
+            "epoch": now.epoch,
+            "consumed": step - now.first_step,
+            "rng": now.rng,
             "own": self.data.state_dict() if _is_stateful(self.data) else None,
         }
 
@@ -164,7 +173,7 @@ class Feed:
         """
         self._pass, self._saved = None, state
 
-    def _resumed(self, data: Data, state: dict[str, Any], step: int) -> _Pass:
+    def _resumed(self, data: Data, state: dict[str, Any], generators: list[torch.Tensor], step: int) -> _Pass:
         consumed = state["consumed"]
         if self._seeded is not None:
             batches = self._seeded.begin(state["epoch"], skip=consumed)
@@ -178,7 +187,7 @@ class Feed:
 
             def restore_generators() -> None:
                 set_rng_state(now)
-                set_generator_states(data, state["loader_now"])
+                set_generator_states(data, generators)
 
             batches = _skip_batches(data, consumed, restore_generators)
         return _Pass(state["epoch"], step - consumed, state["rng"], batches)

@@ -165,7 +165,7 @@ class Run:
         self.stage = CurrentStage("train", record)
         self.step_before_epoch = step
         self.last_validation = {}
-        self._num_validated = 0
+        self._num_validated = self._num_validations_to_skip = 0
 
     def begin_validation(self, *, in_step: bool) -> bool:
         """Return whether a validation begins now; not so if it was done before the run was resumed, or must wait.

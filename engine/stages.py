@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -12,7 +13,14 @@ from .errors import ConfigurationError, EngineStateError
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
 from .record import Record, prefixed
 
-NOTHING = object()  # the target of a step that has measured nothing
+
+class Nothing(enum.Enum):
+    """The target of a step that has measured nothing, for which None would not do: a target may be None."""
+
+    NOTHING = "nothing was measured"
+
+
+NOTHING = Nothing.NOTHING
 
 
 class CurrentStage:

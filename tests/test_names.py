@@ -58,7 +58,10 @@ def exported(package: ModuleType) -> Iterator[list[str]]:
     yield [f"# {package.__name__}"]
     for name in package.__all__:
         value = getattr(package, name)
-        yield list(class_lines(name, value)) if isinstance(value, type) else [f"def {name}{signature(value)}"]
+        if isinstance(value, type):
+            yield list(class_lines(name, value))
+        else:
+            yield [f"def {name}{signature(value)}" if inspect.isroutine(value) else f"{name} = {value!r}"]
 
 
 def class_lines(name: str, cls: type) -> Iterator[str]:
@@ -67,9 +70,14 @@ def class_lines(name: str, cls: type) -> Iterator[str]:
     yield f"class {name}({bases})" if bases else f"class {name}"
     if has_constructor(cls):
         yield name + signature(cls, returns=False)
-    members = {member for owner in with_private_bases(cls) for member in (*vars(owner), *fields(owner))}
+    members = {member for owner in with_private_bases(cls) for member in (*defined(owner), *fields(owner))}
     for member in sorted(filter(is_public, members)):
         yield f"{name}.{member}{description(cls, member)}"
+
+
+def defined(cls: type) -> list[str]:
+    """What a class defines, without the old names that only raise an error."""
+    return [name for name in vars(cls) if hasattr(cls, name)]
 
 
 def is_public(name: str) -> bool:
