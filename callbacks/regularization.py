@@ -14,10 +14,10 @@ from camshaft.engine import (
     LossReady,
     Selection,
     is_number,
-    is_weight,
     parameters_of,
     select_parameters,
     unwrap,
+    weights_of,
     whole_number,
 )
 
@@ -38,7 +38,7 @@ class Penalty(Callback):
 
     needs_update = True
 
-    def __init__(self, *, l1: float = 0.0, l2: float = 0.0, parameters: Selection = is_weight) -> None:
+    def __init__(self, *, l1: float = 0.0, l2: float = 0.0, parameters: Selection | None = None) -> None:
         if not (is_number(l1) and is_number(l2) and min(l1, l2) >= 0 and max(l1, l2) > 0):
             raise ConfigurationError(
                 f"Penalty got l1={l1!r} and l2={l2!r}. Pass numbers of at least 0, one of them above."
@@ -51,7 +51,9 @@ class Penalty(Callback):
     def attach(self, engine: Engine) -> None:
         """Choose the parameters."""
         super().attach(engine)
-        self._weights = list(select_parameters(_model(engine, "Penalty"), self._which).values())
+        model = _model(engine, "Penalty")
+        chosen = weights_of(model) if self._which is None else select_parameters(model, self._which)
+        self._weights = list(chosen.values())
 
     def on_loss_ready(self, event: LossReady) -> Tensor:
         """Return the loss with the penalty."""

@@ -42,7 +42,7 @@ from .files import directory_for, ensure_writable, save_together, write_durably
 from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy
 from .metric import as_metrics
-from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters
+from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters, weights_of
 from .record import AverageMeter, format_values, scalars
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
@@ -115,6 +115,7 @@ __all__ = [
     "is_weight",
     "parameters_of",
     "select_parameters",
+    "weights_of",
     "unwrap",
     "load_weights",
     "as_metrics",

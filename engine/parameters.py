@@ -26,14 +26,24 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def is_weight(name: str, parameter: nn.Parameter) -> bool:
     """Return whether a parameter is a weight: it has several dimensions and is not called a bias.
 
-    The scales of normalisation layers have one dimension, but for a LayerNorm over several, which only
-    `select_parameters` can tell.
+    The scales of normalisation layers have one dimension and so are not weights. A LayerNorm over several dimensions
+    has scales of several; `weights_of` leaves them out, too.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> [name for name, parameter in model.named_parameters() if is_weight(name, parameter)]
     ['0.weight']
     """
     return parameter.ndim > 1 and not name.rpartition(".")[2].startswith("bias")
+
+
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of a model by name: all parameters but biases and the scales of normalisation layers.
+
+    >>> list(weights_of(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm((2, 2)))))
+    ['0.weight']
+    """
+    scales = {id(p) for layer in model.modules() if isinstance(layer, nn.LayerNorm) for p in layer.parameters()}
+    return {name: p for name, p in model.named_parameters() if is_weight(name, p) and id(p) not in scales}
 
 
 def select_parameters(model: nn.Module, which: Selection) -> dict[str, nn.Parameter]:
@@ -56,9 +66,6 @@ def select_parameters(model: nn.Module, which: Selection) -> dict[str, nn.Parame
     parameters = dict(model.named_parameters())
     if callable(which):
         chosen = {name: parameter for name, parameter in parameters.items() if which(name, parameter)}
-        if which is is_weight:
-            scales = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-            chosen = {name: parameter for name, parameter in chosen.items() if id(parameter) not in scales}
     else:
         chosen = {}
         for pattern in which:
@@ -78,13 +85,13 @@ def select_parameters(model: nn.Module, which: Selection) -> dict[str, nn.Parame
     return chosen
 
 
-def decay_groups(model: nn.Module, weight_decay: float, which: Selection = is_weight) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, weight_decay: float, which: Selection | None = None) -> list[dict[str, Any]]:
     """Return two parameter groups for an optimizer: the chosen parameters with weight decay, the others without.
 
     Args:
         model: the model to train.
         weight_decay: for the chosen ones; at least 0.
-        which: names, patterns or a predicate; by default all but biases and normalisation layers.
+        which: names, patterns or a function; by default all but biases and normalisation layers.
 
     >>> groups = decay_groups(nn.Linear(3, 2), weight_decay=1e-5)
     >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
@@ -92,7 +99,7 @@ def decay_groups(model: nn.Module, weight_decay: float, which: Selection = is_we
     """
     if not (is_number(weight_decay) and weight_decay >= 0):
         raise ConfigurationError(f"weight_decay is {weight_decay!r}. Pass a number of at least 0.")
-    chosen = select_parameters(model, which)
+    chosen = weights_of(model) if which is None else select_parameters(model, which)
     others = [parameter for name, parameter in model.named_parameters() if name not in chosen]
     return [
         {"params": list(chosen.values()), "weight_decay": weight_decay},

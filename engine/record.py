@@ -57,6 +57,12 @@ class AverageMeter:
         self.val = val
         self.count += n
 
+    def take(self) -> tuple[float | Tensor, float]:
+        """Return the sum and the count, and begin again at zero; the newest value stays."""
+        taken = self.sum, self.count
+        self.sum, self.count = 0.0, 0
+        return taken
+
     @property
     def avg(self) -> float:
         """The average over all samples, NaN if there are none; reading it waits for the device."""
@@ -143,15 +149,13 @@ class Record:
 
     def since_mark(self) -> dict[str, float]:
         """Return the averages of what was added since the last call, in one transfer, and set the mark anew."""
-        added = {name: meter for name, meter in self.meters.items() if meter.count}
-        sums = _to_host({name: meter.sum for name, meter in added.items()})
-        averages = {name: total / added[name].count for name, total in sums.items()}
-        for name, meter in added.items():
-            self._earlier[name] = self._total(name)
-            newest = meter.val
-            meter.reset()  # so that a NaN of this stretch is not one of the next
-            meter.val = newest
-        return averages
+        added: dict[str, tuple[float | Tensor, float]] = {}
+        for name, meter in self.meters.items():
+            if meter.count:
+                self._earlier[name] = self._total(name)
+                added[name] = meter.take()  # so that a NaN of this stretch is not one of the next
+        sums = _to_host({name: total for name, (total, _) in added.items()})
+        return {name: total / added[name][1] for name, total in sums.items()}
 
     def _total(self, name: str) -> tuple[float | Tensor, float]:
         """Return the sum and the count of a value since the stage began."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from .errors import ConfigurationError, can_take
@@ -137,14 +137,12 @@ class until:  # noqa: N801
 
 @dataclass(frozen=True, slots=True)
 class every_seconds:  # noqa: N801
-    """Run when ``seconds`` of wall-clock time have passed since the last time (or since it was made).
+    """Run when ``seconds`` of wall-clock time have passed since the last time (or since the subscription).
 
-    The clock is not read at every count: the pace so far tells about when to look again, at most 64 counts later.
+    Each subscription has a clock of its own.
     """
 
     seconds: float
-    _last: list[float] = field(default_factory=lambda: [time.monotonic()], repr=False, compare=False)
-    _looked: list[float] = field(default_factory=lambda: [time.monotonic(), 0], repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.seconds, int | float) and 0 < self.seconds < math.inf):
@@ -153,21 +151,36 @@ class every_seconds:  # noqa: N801
                 "Write the seconds between two runs, such as every_seconds(0.1)."
             )
 
+
+class _Clock:
+    """The clock of one subscription with `every_seconds`.
+
+    It is not read at every count: the pace so far tells about when to look again, at most 64 counts later.
+    """
+
+    def __init__(self, setting: every_seconds) -> None:
+        self._setting = setting
+        self._last_run = self._last_look = time.monotonic()
+        self._last_count = 0
+
     def __call__(self, count: int) -> bool:
-        """Return whether the time has come, and if so start counting anew."""
+        """Return whether the time has come, and if so begin to count again."""
         now = time.monotonic()
-        if now - self._last[0] < self.seconds:
+        if now - self._last_run < self._setting.seconds:
             return False
-        self._last[0] = now
+        self._last_run = now
         return True
 
     def next_due(self, count: int) -> int:
         """Return a count about half-way to the time, judged by the pace since the last look."""
         now = time.monotonic()
-        pace = (count - self._looked[1]) / max(now - self._looked[0], 1e-9)
-        self._looked[:] = (now, count)
-        half_way = int(pace * (self.seconds - (now - self._last[0])) / 2)
+        pace = (count - self._last_count) / max(now - self._last_look, 1e-9)
+        self._last_look, self._last_count = now, count
+        half_way = int(pace * (self._setting.seconds - (now - self._last_run)) / 2)
         return count + min(max(half_way, 1), 64)
+
+    def __repr__(self) -> str:
+        return repr(self._setting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +208,7 @@ def as_when(when: object) -> When:
     if when is None:
         return Always()
     if isinstance(when, every_seconds):
-        return every_seconds(when.seconds)  # its clock is its own
+        return _Clock(when)
     if isinstance(when, type):
         raise ConfigurationError(
             f"when={when.__name__} is a class, not a filter. Write {when.__name__}(...) with its number."

@@ -11,7 +11,7 @@ from helpers import class_batches
 from torch import nn
 
 from camshaft.engine import ConfigurationError, Trainer, decay_groups
-from camshaft.engine.parameters import is_weight, select_parameters
+from camshaft.engine.parameters import is_weight, select_parameters, weights_of
 
 
 def network() -> nn.Sequential:
@@ -60,7 +60,7 @@ def test_parameters_are_chosen_by_name_pattern_or_predicate(which: Any, names: l
 def test_scales_of_normalisation_layers_are_no_weights(module: nn.Module) -> None:
     """Of whatever shape: a layer norm over several dimensions has scales of as many."""
     model = nn.Sequential(nn.Linear(4, 4), module)
-    assert list(select_parameters(model, is_weight)) == ["0.weight"]
+    assert list(weights_of(model)) == ["0.weight"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_scales_of_normalisation_layers_are_no_weights(module: nn.Module) -> Non
     ],
 )
 def test_weights_are_all_but_biases(module: nn.Module, names: list[str]) -> None:
-    assert list(select_parameters(module, is_weight)) == names
+    assert list(weights_of(module)) == names
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ CASES = {
     "failure": Case(bad_batch=3),
 }
 STYLES = ("script", "function", "class")
-# In a script a validation within a step is finished after a signal, and the engine does not see what is raised in its loop.
+# In a script a validation within a step is finished after a signal, and the engine does not see what the loop raises.
 OTHERWISE_IN_A_SCRIPT = {"signal_in_validation", "failure"}
 COUNTERS = {
     "epoch": 1, "step": 2, "epoch_step": 1, "stage": 5, "validation_step": 1, "num_updates": 2, "num_validations": 1,

@@ -39,7 +39,7 @@ def test_bad_seconds_are_refused(bad: Any) -> None:
 
 
 def test_every_seconds_goes_by_the_clock() -> None:
-    filter_ = every_seconds(0.05)
+    filter_ = as_when(every_seconds(0.05))
     assert not filter_(1)
     time.sleep(0.06)
     assert [filter_(2), filter_(3)] == [True, False]
