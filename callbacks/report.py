@@ -40,7 +40,7 @@ class Report(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
-        self._directory = directory_for(event.engine, "Report", self._wanted_directory)
+        self._directory = directory_for("Report", self._wanted_directory, event.engine.directory)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Keep the newest matrices; a validation's take the place of the training's."""

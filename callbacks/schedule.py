@@ -210,7 +210,7 @@ class Schedule(Callback):
                 f'Schedule had no effect in this epoch, for no update was for "{self.optimizer}". '
                 f'Write engine.update(loss, optimizer="{self.optimizer}").'
             )
-        expected = -(-engine.epoch_step // engine.update.window_batches)
+        expected = -(-engine.epoch_step // engine.update.window_size.batches)
         if self._takes_total and made != expected:
             logger.warning(
                 'Schedule counts on %d updates of "%s" in an epoch of %d steps, and there were %d, so it will not end '

@@ -75,7 +75,7 @@ class TensorBoard(Callback):
 
     @contextmanager
     def _open(self, engine: Engine) -> Iterator[None]:
-        directory = directory_for(engine, "TensorBoard", self._wanted_directory, within="tensorboard")
+        directory = directory_for("TensorBoard", self._wanted_directory, engine.directory, within="tensorboard")
         name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{engine.num_fits}"
         with open(directory / name, "ab", buffering=0) as file:  # each record is there at once
             self._file = cast("BinaryIO", file)

@@ -6,6 +6,7 @@ The first names are for everybody; those after `CheckpointError` are for authors
 from .batch import call_model, first_tensor, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
 from .checkpoint import CheckpointDirectory
+from .data import Data, check_data, one_pass, repeat
 from .dispatch import Subscription
 from .engine import Engine
 from .errors import (
@@ -37,7 +38,6 @@ from .events import (
     ValidationStart,
     ValidationStepEnd,
 )
-from .feed import Data, check_data, one_pass, repeat
 from .files import directory_for, ensure_writable, save_together, write_durably
 from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .batch import call_model, concatenate, tree_map
 from .callback import Callback, check_callbacks
+from .data import Data, check_data, empty_message, num_batches, one_pass
 from .dispatch import Subscription
 from .errors import ConfigurationError, DataError, EngineStateError, whole_number
 from .events import (
@@ -37,7 +38,7 @@ from .events import (
     ValidationStart,
     ValidationStepEnd,
 )
-from .feed import Data, Feed, check_data, empty_message, num_batches, one_pass
+from .feed import Feed
 from .history import History
 from .listeners import Listeners, Scope
 from .parts import Parts
@@ -208,7 +209,7 @@ class Engine:
             raise
         finally:
             self.current = CurrentStage()
-        self._end_training(run, data)
+        self._end_training(run)
 
     def validate(self, data: Data) -> Iterator[Any]:
         """Yield each validation batch, in eval mode and without gradients; training goes on unchanged afterwards."""
@@ -415,7 +416,7 @@ class Engine:
     def _begin_training(self, run: Run, data: Data) -> Iterator[Any]:
         if run.phase > Phase.READING or run.interrupted or (self.epoch_step and run.ends_epoch):
             return iter(())  # resumed after the last batch of an epoch, whose end is still to come
-        batches = run.feed.begin(data, self.epoch, self.step, go_on=run.plan.epoch_length is not None)
+        batches = run.feed.begin(data, self.epoch, self.step)
         run.epoch_length = run.plan.epoch_length or run.feed.length
         run.settle(self.epoch, self.step)
         return batches
@@ -427,15 +428,10 @@ class Engine:
             if self.step >= self._step_end.due:
                 self._step_end.emit(StepEnd(self, run.stage.batch, run.stage.output), self.step)
 
-    def _end_training(self, run: Run, data: Data) -> None:
+    def _end_training(self, run: Run) -> None:
         if run.interrupted or run.phase is not Phase.READING:
             return
-        if not self.epoch_step:
-            raise DataError(empty_message("train", data))
-        if run.plan.epoch_length is None:
-            run.feed.end()
-        elif not run.ends_epoch:
-            raise DataError(_too_short(self.epoch_step, run.plan.epoch_length, f"epoch {self.epoch}"))
+        run.feed.end(self.epoch, self.epoch_step, is_complete=run.ends_epoch)
         run.phase = Phase.FLUSHING
         self._flush(run)
         run.phase = Phase.ENDING
@@ -487,12 +483,10 @@ class Engine:
 
     def _expect(self, plan: Plan, train: Data, val: Data | None) -> tuple[Feed, Callable[[Any], StepOutput]]:
         """Refuse what a fit could not run with, before it begins; return its feed, and what trains on a batch."""
-        step, feed = self._require_step(), Feed(self.seed)
+        step, feed = self._require_step(), Feed(self.seed, plan.epoch_length)
         feed.open(train)
         if val is not None:
             check_data("val", val)
-        if feed.length is not None and plan.epoch_length is not None and feed.length < plan.epoch_length:
-            raise DataError(_too_short(feed.length, plan.epoch_length, "an epoch"))
         return feed, partial(step.train, self)
 
     def _require_step(self) -> Step:
@@ -603,10 +597,3 @@ class Engine:
     def explain(self) -> str:
         """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
         return self.listeners.explain()
-
-
-def _too_short(num: int, epoch_length: int, where: str) -> str:
-    return (
-        f"Data ended after {num} steps of {where}, but epoch_length={epoch_length}. "
-        f"Pass epoch_length={num}, or repeat the data: fit(repeat(train), ...)."
-    )

@@ -1,70 +1,18 @@
-"""Where batches come from: any iterable of them, which can be begun again in its middle."""
+"""The training data of a run, and the position in them."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, get_worker_info
 
-from .batch import tree_map
-from .errors import ConfigurationError, DataError
-from .rng import generator_states, mix, preserve_rng, rng_state, seed_everything, set_generator_states, set_rng_state
-from .signals import patient_worker
-
-logger = logging.getLogger("camshaft")
-
-Data = Iterable[Any] | Callable[[], Iterable[Any]]
-
-
-def check_data(name: str, data: object) -> None:
-    """Refuse, before anything runs, what can give no batch.
-
-    Raises:
-        ConfigurationError: if ``data`` is neither an iterable of batches nor a function that returns one.
-        DataError: if it is known to be empty.
-    """
-    if isinstance(data, str | bytes | type) or not (isinstance(data, Iterable) or callable(data)):
-        # A DataLoader is iterable; a bare Dataset often is not, or gives samples instead of batches.
-        raise ConfigurationError(
-            f"{name} is {_kind(data)}, which is not an iterable of batches. "
-            "Pass a DataLoader, a list of batches, or a function that returns one."
-        )
-    if num_batches(data) == 0:
-        raise DataError(empty_message(name, data))
-
-
-def num_batches(data: object) -> int | None:
-    """Return the number of batches in one pass, or None where it is unknown.
-
-    >>> num_batches([1, 2, 3]), num_batches(iter([1, 2, 3]))
-    (3, None)
-    """
-    if not isinstance(data, Sized):
-        return None
-    try:
-        return len(data)
-    except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
-        return None
-
-
-def one_pass(data: Data) -> Iterator[Any]:
-    """Return a fresh iterator over the batches; a loader's workers outlive the first signal."""
-    if isinstance(data, DataLoader) and data.num_workers > 0:
-        given = data.worker_init_fn
-        data.worker_init_fn = partial(patient_worker, given)
-        try:
-            return iter(data)
-        finally:
-            data.worker_init_fn = given
-    return iter(data if isinstance(data, Iterable) else data())
+from .data import Data, check_data, empty_message, has_positions, is_stateful, loader_like, num_batches, one_pass
+from .errors import DataError
+from .rng import generator_states, rng_state, set_generator_states, set_rng_state
+from .seeded import SeededLoader
 
 
 class Feed:
@@ -79,14 +27,17 @@ class Feed:
 
     Args:
         seed: the engine's seed; None uses the data as they are.
+        epoch_length: batches of an epoch, if it is not one pass: then the epochs share one pass, and each goes on
+            where the one before stopped.
 
     Attributes:
         data: the present data set; None until one was opened.
         length: its number of batches; None where that is unknown.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, epoch_length: int | None = None) -> None:
         self._seed = seed
+        self._epoch_length = epoch_length
         self.data: Data | None = None
         self.length: int | None = None
         self._seeded: SeededLoader | None = None
@@ -97,24 +48,25 @@ class Feed:
         """Check a data set and make it the present one; the same one again changes nothing.
 
         Raises:
-            ConfigurationError, DataError: as `check_data` does.
+            ConfigurationError, DataError: as `check_data` does, or if it is too short for an epoch.
         """
         if data is self.data:
             return
         check_data("train", data)
         self.data = data
         self.length = num_batches(data)
+        if self.length is not None and self._epoch_length is not None and self.length < self._epoch_length:
+            raise DataError(_too_short(self.length, self._epoch_length, "an epoch"))
         self._seeded = SeededLoader(data, self._seed) if self._seed is not None and SeededLoader.fits(data) else None
         self._pass = None
 
-    def begin(self, data: Data, epoch: int, step: int, *, go_on: bool) -> Iterator[Any]:
+    def begin(self, data: Data, epoch: int, step: int) -> Iterator[Any]:
         """Return the batches of an epoch, or of the rest of it in a run that was resumed within one.
 
         Args:
             data: what to read; opened if it is not the present data set.
             epoch: the number of the epoch.
             step: the training steps done so far.
-            go_on: continue the pass of the epoch before, where it stopped.
         """
         self.open(data)
         saved, self._saved = self._saved, None
@@ -123,24 +75,38 @@ class Feed:
             return self._pass.batches
         if saved is not None:
             set_generator_states(data, saved["generators"])
-        if self._pass is None or not go_on:
+        if self._pass is None or self._epoch_length is None:
             rng = rng_state() | {"loader": generator_states(data)}
             batches = one_pass(data) if self._seeded is None else self._seeded.begin(epoch, skip=0)
             self._pass = _Pass(epoch, step, rng, batches)
         return self._pass.batches
 
-    def end(self) -> None:
-        """End the pass: the next epoch begins a new one."""
-        self._pass = None
+    def end(self, epoch: int, num_steps: int, *, is_complete: bool) -> None:
+        """End an epoch: the next one begins a new pass, unless epochs have a set length.
+
+        Args:
+            epoch: the number of the epoch.
+            num_steps: its training steps.
+            is_complete: whether it ends because it is as long as it should be, and not because the data ended.
+
+        Raises:
+            DataError: if the data ended before the epoch was complete, or there were none at all.
+        """
+        if not num_steps:
+            raise DataError(empty_message("train", self.data))
+        if self._epoch_length is None:
+            self._pass = None
+        elif not is_complete:
+            raise DataError(_too_short(num_steps, self._epoch_length, f"epoch {epoch}"))
 
     def exactness(self) -> str:
         """Return how exactly a run over the present data can be resumed within an epoch, in words."""
         data = self.data
         if self._seeded is not None:
             return "bit-identical"
-        if _is_stateful(data):
+        if is_stateful(data):
             return "as exact as the loader's own state_dict"
-        if _has_positions(data):
+        if has_positions(data):
             if data.num_workers == 0:
                 return "bit-identical"
             return "same order (random augmentation in workers differs; pass seed= to make it exact)"
@@ -162,7 +128,7 @@ class Feed:
             "epoch": now.epoch,
             "consumed": step - now.first_step,
             "rng": now.rng,
-            "own": self.data.state_dict() if _is_stateful(self.data) else None,
+            "own": self.data.state_dict() if is_stateful(self.data) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -177,7 +143,7 @@ class Feed:
         consumed = state["consumed"]
         if self._seeded is not None:
             batches = self._seeded.begin(state["epoch"], skip=consumed)
-        elif state["own"] is not None and _is_stateful(loader := data):
+        elif state["own"] is not None and is_stateful(loader := data):
             loader.load_state_dict(state["own"])
             batches = one_pass(data)
         else:
@@ -210,139 +176,6 @@ class _Pass:
     batches: Iterator[Any]
 
 
-class SeededLoader:
-    """A map-style DataLoader whose order and augmentation depend on (seed, epoch, position) alone."""
-
-    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
-        self._is_checked = False
-        self._batches = _PositionedBatches(loader, seed)
-        self._dataset = _SeededDataset(loader.dataset, seed)
-        self._loader = _like(
-            loader,
-            dataset=self._dataset,
-            batch_sampler=self._batches,
-            generator=torch.Generator().manual_seed(mix(seed, 0, 0) % 2**63),  # iterating leaves the global one alone
-            persistent_workers=loader.persistent_workers,
-        )
-
-    def begin(self, epoch: int, *, skip: int) -> Iterator[Any]:
-        """Return an iterator over the epoch's batches after the first ``skip``."""
-        if not self._is_checked:
-            self._is_checked = True
-            self._check_repeats()
-        self._batches.epoch, self._batches.skip = epoch, skip
-        return one_pass(self._loader)
-
-    def _check_repeats(self) -> None:
-        """Read the first batch twice under one seed, and warn if it differs: something draws from elsewhere."""
-        tagged = next(iter(self._batches), None)
-        if tagged is None:
-            return
-        once, again = (self._dataset.__getitems__(tagged[:2]) for _ in range(2))
-        if not _alike(once, again):
-            logger.warning(
-                "The same sample, read twice under one seed, differs: the dataset draws from a generator of its own. "
-                "Give it a method set_sample_seed(seed), or a resumed run will see other augmentation."
-            )
-
-    @staticmethod
-    def fits(data: object) -> TypeGuard[DataLoader[Any]]:
-        """Return whether ``data`` is a loader whose samples have positions."""
-        return _has_positions(data) and data.batch_sampler is not None
-
-
-class _PositionedBatches:
-    """A batch sampler whose lists begin with the tag (epoch, position of the first sample)."""
-
-    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
-        self._loader = loader
-        self._seed = seed
-        self.epoch = 1
-        self.skip = 0
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        epoch, skip = self.epoch, self.skip
-        if type(self._loader.sampler) not in (RandomSampler, SequentialSampler) or not self._plain_batches():
-            yield from self._foreign(epoch, skip)
-            return
-        order = self._order(epoch)
-        size = self._loader.batch_size or 1
-        end = len(order) - len(order) % size if self._loader.drop_last else len(order)
-        for position in range(skip * size, end, size):
-            yield [(epoch, position), *order[position : position + size].tolist()]
-
-    def _plain_batches(self) -> bool:
-        sampler = self._loader.sampler
-        replaces = isinstance(sampler, RandomSampler) and (
-            sampler.replacement or len(sampler) != len(sampler.data_source)
-        )
-        return self._loader.batch_size is not None and not replaces
-
-    def _order(self, epoch: int) -> torch.Tensor:
-        num = len(self._loader.sampler)  # type: ignore[arg-type]  # both kinds have a length
-        if isinstance(self._loader.sampler, SequentialSampler):
-            return torch.arange(num)
-        return torch.randperm(num, generator=torch.Generator().manual_seed(mix(self._seed, epoch, 1) % 2**63))
-
-    def _foreign(self, epoch: int, skip: int) -> Iterator[list[Any]]:
-        """Run a sampler of someone else's under the epoch's seed."""
-        sampler = self._loader.sampler
-        if callable(set_epoch := getattr(sampler, "set_epoch", None)):
-            set_epoch(epoch)
-        with preserve_rng():
-            seed_everything(mix(self._seed, epoch, 1) % 2**63)
-            lists = list(self._loader.batch_sampler or ())
-        position = 0
-        for number, indices in enumerate(lists):
-            if number >= skip:
-                yield [(epoch, position), *indices]
-            position += len(indices)
-
-
-class _SeededDataset(Dataset[Any]):
-    """Seeds the generators for each sample by its position, and reads it."""
-
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset = dataset
-        self._seed = seed
-
-    def __getitems__(self, tagged: list[Any]) -> list[Any]:
-        if get_worker_info() is None:
-            with preserve_rng():
-                return self._read(tagged)
-        return self._read(tagged)
-
-    def _read(self, tagged: list[Any]) -> list[Any]:
-        (epoch, position), *indices = tagged
-        if hasattr(self._dataset, "__getitems__"):  # it reads whole batches: one seed for each
-            self._seed_all(mix(self._seed, epoch, position + 2))
-            items: list[Any] = self._dataset.__getitems__(indices)
-            return items
-        items = []
-        for offset, index in enumerate(indices):
-            self._seed_all(mix(self._seed, epoch, position + offset + 2))
-            items.append(self._read_one(index, epoch, position + offset))
-        return items
-
-    def _read_one(self, index: int, epoch: int, position: int) -> Any:
-        try:
-            return self._dataset[index]
-        except Exception as error:
-            error.add_note(f"While reading sample {index}, at position {position} of epoch {epoch}.")
-            raise
-
-    def _seed_all(self, seed: int) -> None:
-        random.seed(seed)
-        torch.default_generator.manual_seed(seed % 2**63)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed % 2**32)
-        if callable(hook := getattr(self._dataset, "set_sample_seed", None)):
-            hook(seed)
-
-
 class _SkippingSampler:
     """A sampler without its first ``num`` items; ``on_skipped`` is called after they were drawn."""
 
@@ -361,10 +194,10 @@ class _SkippingSampler:
 
 def _skip_batches(data: Data, num: int, on_skipped: Callable[[], None]) -> Iterator[Any]:
     """Return the batches after the first ``num``, which are not loaded where that can be avoided."""
-    if _has_positions(data):
+    if has_positions(data):
         if data.batch_sampler is not None:
-            return one_pass(_like(data, batch_sampler=_SkippingSampler(data.batch_sampler, num, on_skipped)))
-        return one_pass(_like(data, sampler=_SkippingSampler(data.sampler, num, on_skipped), batch_size=None))
+            return one_pass(loader_like(data, batch_sampler=_SkippingSampler(data.batch_sampler, num, on_skipped)))
+        return one_pass(loader_like(data, sampler=_SkippingSampler(data.sampler, num, on_skipped), batch_size=None))
     if isinstance(data, Sequence):
         on_skipped()
         return itertools.islice(data, num, None)
@@ -375,84 +208,8 @@ def _skip_batches(data: Data, num: int, on_skipped: Callable[[], None]) -> Itera
     return batches
 
 
-def _like(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
-    """Return a loader like this one, but for what is ``changed``."""
-    same = {
-        "dataset": loader.dataset,
-        "num_workers": loader.num_workers,
-        "collate_fn": loader.collate_fn,
-        "pin_memory": loader.pin_memory,
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "generator": loader.generator,
-        "prefetch_factor": loader.prefetch_factor,
-    }
-    if hasattr(loader, "in_order"):  # since torch 2.6
-        same["in_order"] = loader.in_order
-    return DataLoader(**{**same, **changed})
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Return whether two samples hold the same tensors; other values are not compared."""
-    ours: list[torch.Tensor] = []
-    theirs: list[torch.Tensor] = []
-    tree_map(ours.append, one)
-    tree_map(theirs.append, other)
-    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def _has_positions(data: object) -> TypeGuard[DataLoader[Any]]:
-    """Return whether ``data`` is a plain loader (not one of a derived class) over a map-style dataset."""
-    return type(data) is DataLoader and not isinstance(data.dataset, IterableDataset)
-
-
-class _Stateful(Protocol):
-    """A loader that keeps its own position, as torchdata's StatefulDataLoader does."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
-def _is_stateful(data: object) -> TypeGuard[_Stateful]:
-    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
-
-
-class repeat:  # noqa: N801 - reads as a word: fit(repeat(loader), epoch_length=100)
-    """An endless iterable over ``data``: a fresh pass begins when one ends.
-
-    >>> from itertools import islice
-    >>> list(islice(repeat([1, 2]), 5))
-    [1, 2, 1, 2, 1]
-    """
-
-    def __init__(self, data: Data) -> None:
-        check_data("repeat(data)", data)
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            empty = True
-            for batch in one_pass(self.data):
-                empty = False
-                yield batch
-            if empty:
-                raise DataError(empty_message("repeat(data)", self.data))
-
-
-def empty_message(name: str, data: object) -> str:
-    """Return what to say about data without a single batch."""
-    if isinstance(data, Iterator):
-        return (
-            f"{name} is {_kind(data)} that is used up, so a further pass has no batches. "
-            "Pass something that can be iterated again (a DataLoader, a list), or a function that returns it."
-        )
-    hint = "Look at the dataset's length"
-    if getattr(data, "drop_last", False):
-        hint += f"; drop_last=True drops a last batch of fewer than {getattr(data, 'batch_size', 'batch_size')}"
-    return f"{name} is {_kind(data)} without a single batch. {hint}."
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}" if not isinstance(value, type) else f"the class {value.__name__}"
+def _too_short(num: int, epoch_length: int, where: str) -> str:
+    return (
+        f"Data ended after {num} steps of {where}, but epoch_length={epoch_length}. "
+        f"Pass epoch_length={num}, or repeat the data: fit(repeat(train), ...)."
+    )

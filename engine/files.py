@@ -7,16 +7,13 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from .batch import tree_map
 from .errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 
 def write_durably(
@@ -120,22 +117,22 @@ def ensure_writable(directory: Path, owner: str) -> None:
         ) from error
 
 
-def directory_for(engine: Engine, owner: str, wanted: str | Path | None = None, *, within: str = "") -> Path:
-    """Return the directory that ``owner`` writes in: the one it wants, or the run directory.
+def directory_for(owner: str, wanted: str | Path | None, run_directory: Path | None, *, within: str = "") -> Path:
+    """Return the directory that a handler writes in: the one it wants, or the run directory.
 
     It is made if it does not exist, and tried.
 
     Args:
-        engine: whose run directory.
-        owner: who wants to write, for messages.
+        owner: the name of the handler, for messages.
         wanted: a directory; None for the run directory.
-        within: a directory within the run directory.
+        run_directory: the run directory, ``engine.directory``.
+        within: the name of a directory within the run directory.
 
     Raises:
         ConfigurationError: if there is neither, or it cannot be written.
     """
-    if wanted is None and engine.directory is None:
+    if wanted is None and run_directory is None:
         raise ConfigurationError(f"{owner} has nowhere to write. Pass it a directory, or add RunDirectory().")
-    directory = Path(wanted) if wanted is not None else Path(str(engine.directory), within)
+    directory = Path(wanted) if wanted is not None else Path(str(run_directory), within)
     ensure_writable(directory, owner)
     return directory

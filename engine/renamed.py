@@ -9,7 +9,7 @@ MOVED = {
     "checkpoints": "run_checkpoint.checkpoints, with the RunCheckpoint that you attached",
     "data_state": "engine.run.feed.state_dict(step)",
     "device": "engine.parts.device",
-    "directory_for": "directory_for(engine, owner, wanted)",
+    "directory_for": "directory_for(owner, wanted, engine.directory)",
     "dispatch": "engine.listeners",
     "divide": "engine.wrap_step(wrapper)",
     "epoch_is_open": "engine.run.phase",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .batch import call_model, num_samples, outline, prepare_batch, tree_map
 from .errors import ConfigurationError, DataError
+from .loss import check_loss
 from .stages import refuse_outside_a_stage
-from .update import check_loss
 
 if TYPE_CHECKING:
     from .engine import Engine

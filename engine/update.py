@@ -20,15 +20,15 @@ from torch import Tensor
 
 from .errors import ConfigurationError, DataError, EngineStateError, did_you_mean
 from .events import GradientsReady, LossReady, UpdateEnd
+from .loss import check_loss
 from .parameters import parameters_of
+from .window import MAIN, Window, WindowSize
 
 if TYPE_CHECKING:
     from .listeners import Listeners
     from .parts import Parts
     from .run import Run
     from .stages import CurrentStage
-
-MAIN = "optimizer"  # the part that is meant where no optimizer is named
 
 
 class Progress(Protocol):
@@ -67,26 +67,20 @@ class Update:
         self._loss_ready = listeners.channel(LossReady)
         self._gradients_ready = listeners.channel(GradientsReady)
         self._update_end = listeners.channel(UpdateEnd)
-        self._window_batches = 1
-        self._window_samples: int | None = None
+        self._size = WindowSize()
         self._accumulates = False
         self._several = False  # whether one was named
-        self._windows = {MAIN: _Window(MAIN)}
+        self._windows = {MAIN: Window(MAIN)}
 
     @property
-    def window_batches(self) -> int:
-        """Batches per update; 1 where `window_samples` says it."""
-        return self._window_batches
-
-    @property
-    def window_samples(self) -> int | None:
-        """Samples per update; None where it is a number of batches."""
-        return self._window_samples
+    def window_size(self) -> WindowSize:
+        """How much goes into one update; `accumulate` sets it."""
+        return self._size
 
     def accumulate(self, *, batches: int | None = None, samples: int | None = None) -> None:
         """Make one update for so many batches, or for so many samples."""
-        self._window_batches, self._window_samples = batches or 1, samples
-        self._accumulates = self._window_batches > 1 or samples is not None
+        self._size = WindowSize(batches or 1, samples)
+        self._accumulates = self._size != WindowSize()
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -130,7 +124,8 @@ class Update:
         closes = True
         if self._accumulates or batch_size is not None:
             num_samples = progress.current.num_samples() if num_samples is None else num_samples
-            share, closes = self._add(window, num_samples, num_samples if batch_size is None else batch_size)
+            whole = num_samples if batch_size is None else batch_size
+            share, closes = window.add(num_samples, whole, self._size)
             loss = loss * share
         if num_samples is None or num_samples != 0:  # the mean of no samples is NaN, and so would its gradients be
             scaled = loss if window.scaler is None else window.scaler.scale(loss)
@@ -163,10 +158,10 @@ class Update:
     def num_planned(self, run: Run) -> int | None:
         """Return how many updates ``run`` makes if nothing stops it, one for each window; None where unknown."""
         steps, length = run.num_planned("step"), run.epoch_length
-        if steps is None or self._window_samples is not None:
+        if steps is None or self._size.samples is not None:
             return None
-        whole, rest = divmod(steps, length or steps or 1)  # a window ends with its epoch
-        return whole * -(-(length or steps) // self._window_batches) + -(-rest // self._window_batches)
+        epochs, rest = divmod(steps, length or steps or 1)  # a window ends with its epoch
+        return epochs * -(-(length or steps) // self._size.batches) + -(-rest // self._size.batches)
 
     def check_heard(self) -> None:
         """Refuse callbacks that hear nothing because the step never calls ``engine.update``.
@@ -207,24 +202,7 @@ class Update:
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
                     window.scaler.scale(torch.zeros((), device=parameters_of(self._optimizer(window))[0].device))
 
-    def _add(self, window: _Window, num_samples: float, batch_size: float) -> tuple[float, bool]:
-        """Add a batch, or a part of one, to a window; return its loss's factor, and whether the window closes."""
-        share = 0.0
-        if num_samples:
-            if not window.samples:
-                window.nominal = self._window_samples or batch_size * self._window_batches
-            window.samples += num_samples
-            share = num_samples / window.nominal
-        window.part += num_samples
-        if window.part < batch_size:
-            return share, False
-        window.part = 0.0
-        window.batches += 1
-        if self._window_samples is not None:
-            return share, window.samples >= self._window_samples
-        return share, window.batches >= self._window_batches
-
-    def _differentiate(self, window: _Window, loss: Tensor) -> None:
+    def _differentiate(self, window: Window, loss: Tensor) -> None:
         """Leave gradients in what this optimizer holds, and learns, alone."""
         inputs = [parameter for parameter in parameters_of(self._optimizer(window)) if parameter.requires_grad]
         if not inputs:
@@ -240,7 +218,7 @@ class Update:
                 "Compute it anew for each optimizer, or step all of them in your own step, without engine.update."
             ) from error
 
-    def _apply(self, window: _Window) -> None:
+    def _apply(self, window: Window) -> None:
         engine, progress = self._engine, self._progress
         scaler, optimizer = window.scaler, self._optimizer(window)
         if not window.has_gradients:
@@ -271,7 +249,7 @@ class Update:
         _clear_gradients(optimizer)
         window.has_gradients = False
 
-    def _leave_out(self, window: _Window) -> None:
+    def _leave_out(self, window: Window) -> None:
         """Count an update of a window in which there was nothing to learn, or nothing that learns."""
         window.clear()
         window.num_made += 1
@@ -292,16 +270,16 @@ class Update:
         hook.remove()
         return bool(stepped) and (scale is None or scaler.get_scale() >= scale)
 
-    def _open(self, name: str) -> _Window:
+    def _open(self, name: str) -> Window:
         """Return the first window of an optimizer, which must be there."""
-        window = _Window(name)
+        window = Window(name)
         window.scaler = copy.deepcopy(self.scaler)
         self._optimizer(window).zero_grad()  # a loss without a name may have left gradients there
         self._windows[name] = window
         self._several = True
         return window
 
-    def _optimizer(self, window: _Window) -> torch.optim.Optimizer:
+    def _optimizer(self, window: Window) -> torch.optim.Optimizer:
         optimizer = self._parts.get(window.name)
         if isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
@@ -327,25 +305,6 @@ class Update:
         )
 
 
-class _Window:
-    """What has come together for one optimizer since its last update."""
-
-    __slots__ = ("batches", "has_gradients", "name", "nominal", "num_made", "part", "samples", "scaler")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.scaler: torch.amp.GradScaler | None = None
-        self.num_made = 0
-        self.has_gradients = False
-        self.clear()
-
-    def clear(self) -> None:
-        self.batches = 0
-        self.part = 0.0  # samples of a batch that comes in parts
-        self.samples = 0.0
-        self.nominal = 0.0  # samples a full window would have, judged by its first batch
-
-
 def _clear_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Do what ``zero_grad`` does; torch's own spends more on its profiler's record than on the gradients."""
     if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
@@ -369,31 +328,4 @@ def _refuse_outside_training(stage: str) -> NoReturn:
         )
     raise EngineStateError(
         "engine.update was called outside a training step. Call it in the step, or in the body of engine.train(...)."
-    )
-
-
-def check_loss(loss: object, parts: Parts) -> None:
-    """Refuse a loss that is not one number, or cannot be differentiated, with the reason."""
-    if not isinstance(loss, Tensor):
-        raise DataError(
-            f"The loss is {loss!r}, of type {type(loss).__name__}, which has no gradient. "
-            "Return the tensor itself, without .item() or float()."
-        )
-    if loss.numel() != 1:
-        raise DataError(f"The loss has shape {list(loss.shape)}, but it must be one number. Reduce it: loss.mean().")
-    if not loss.requires_grad and torch.is_grad_enabled():
-        _refuse_without_grad(parts)
-
-
-def _refuse_without_grad(parts: Parts) -> NoReturn:
-    trainable = [name for name, p in parts.named_parameters() if p.requires_grad]
-    if not trainable:
-        frozen = ", ".join(name for name, _ in list(parts.named_parameters())[:5])
-        raise DataError(
-            f"No parameter of the model is trainable (frozen: {frozen} ...). "
-            "Set requires_grad = True on those that should learn."
-        )
-    raise DataError(
-        f"The loss does not depend on any trainable parameter ({', '.join(trainable[:5])} ...). "
-        "Look for .detach(), .item(), argmax or torch.no_grad() between the model and the loss."
     )

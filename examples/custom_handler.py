@@ -96,7 +96,8 @@ class Gallery(Callback):
             axes.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
             axes.set_title(f"{label}, predicted {guess}", fontsize=9, color="black" if guess == label else "tab:red")
             axes.axis("off")
-        figure.savefig(directory_for(event.engine, "Gallery") / f"hardest-{event.engine.epoch:02}.png", dpi=120)
+        directory = directory_for("Gallery", None, event.engine.directory)
+        figure.savefig(directory / f"hardest-{event.engine.epoch:02}.png", dpi=120)
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from camshaft.engine import ConfigurationError, DataError, Engine, repeat
-from camshaft.engine.feed import Feed, check_data, num_batches
+from camshaft.engine.data import check_data, num_batches
+from camshaft.engine.feed import Feed
 from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
 
 GOLDEN_MIX = [17650578182555822980, 8764810008325594656, 13683858685767402644]
@@ -96,10 +97,10 @@ def read(loader: Any, epoch: int = 1, skip: int = 0, seed: int = 5) -> list[Tens
     feed = Feed(seed)
     if skip:
         first = Feed(seed)
-        for _ in itertools.islice(first.begin(loader, epoch, 0, go_on=False), skip):
+        for _ in itertools.islice(first.begin(loader, epoch, 0), skip):
             pass
         feed.load_state_dict(first.state_dict(skip))
-    return list(feed.begin(loader, epoch, skip, go_on=False))
+    return list(feed.begin(loader, epoch, skip))
 
 
 @pytest.mark.parametrize("settings", [{"shuffle": True}, {"shuffle": False}, {"shuffle": True, "drop_last": True}])
@@ -163,14 +164,14 @@ def test_a_sample_that_raises_says_where_it_stands() -> None:
 def resumed(data: Any, batches: int = 6, cut: int = 4) -> tuple[list[Any], list[Any]]:
     """Return the batches of a pass behind ``cut``, read through and resumed."""
     first, again = Feed(), Feed()
-    reading = first.begin(data, 1, 0, go_on=False)
+    reading = first.begin(data, 1, 0)
     through = [next(reading) for _ in range(cut)]
     state, now = first.state_dict(cut), rng_state()
     through += list(reading)
     set_rng_state(now)
     again.load_state_dict(state)
     assert len(through) == batches
-    return through[cut:], list(again.begin(data, 1, cut, go_on=False))
+    return through[cut:], list(again.begin(data, 1, cut))
 
 
 def test_batches_in_a_list_are_skipped_by_slicing() -> None:

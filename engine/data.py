@@ -1,0 +1,134 @@
+"""What batches are read from: any iterable of them, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from typing import Any, Protocol, TypeGuard
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from .errors import ConfigurationError, DataError
+from .signals import patient_worker
+
+Data = Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+def check_data(name: str, data: object) -> None:
+    """Refuse, before anything runs, what can give no batch.
+
+    Raises:
+        ConfigurationError: if ``data`` is neither an iterable of batches nor a function that returns one.
+        DataError: if it is known to be empty.
+    """
+    if isinstance(data, str | bytes | type) or not (isinstance(data, Iterable) or callable(data)):
+        # A DataLoader is iterable; a bare Dataset often is not, or gives samples instead of batches.
+        raise ConfigurationError(
+            f"{name} is {_kind(data)}, which is not an iterable of batches. "
+            "Pass a DataLoader, a list of batches, or a function that returns one."
+        )
+    if num_batches(data) == 0:
+        raise DataError(empty_message(name, data))
+
+
+def num_batches(data: object) -> int | None:
+    """Return the number of batches in one pass, or None where it is unknown.
+
+    >>> num_batches([1, 2, 3]), num_batches(iter([1, 2, 3]))
+    (3, None)
+    """
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
+        return None
+
+
+def one_pass(data: Data) -> Iterator[Any]:
+    """Return a fresh iterator over the batches; a loader's workers outlive the first signal."""
+    if isinstance(data, DataLoader) and data.num_workers > 0:
+        given = data.worker_init_fn
+        data.worker_init_fn = partial(patient_worker, given)
+        try:
+            return iter(data)
+        finally:
+            data.worker_init_fn = given
+    return iter(data if isinstance(data, Iterable) else data())
+
+
+class repeat:  # noqa: N801 - reads as a word: fit(repeat(loader), epoch_length=100)
+    """An endless iterable over ``data``: a fresh pass begins when one ends.
+
+    >>> from itertools import islice
+    >>> list(islice(repeat([1, 2]), 5))
+    [1, 2, 1, 2, 1]
+    """
+
+    def __init__(self, data: Data) -> None:
+        check_data("repeat(data)", data)
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            empty = True
+            for batch in one_pass(self.data):
+                empty = False
+                yield batch
+            if empty:
+                raise DataError(empty_message("repeat(data)", self.data))
+
+
+def has_positions(data: object) -> TypeGuard[DataLoader[Any]]:
+    """Return whether ``data`` is a plain loader (not one of a derived class) over a map-style dataset."""
+    return type(data) is DataLoader and not isinstance(data.dataset, IterableDataset)
+
+
+class Stateful(Protocol):
+    """A loader that keeps its own position, as torchdata's StatefulDataLoader does."""
+
+    def state_dict(self) -> Any:
+        """Return the position."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go to a position."""
+
+
+def is_stateful(data: object) -> TypeGuard[Stateful]:
+    """Return whether ``data`` keeps its own position."""
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
+
+
+def loader_like(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
+    """Return a loader like this one, but for what is ``changed``."""
+    same = {
+        "dataset": loader.dataset,
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    if hasattr(loader, "in_order"):  # since torch 2.6
+        same["in_order"] = loader.in_order
+    return DataLoader(**{**same, **changed})
+
+
+def empty_message(name: str, data: object) -> str:
+    """Return what to say about data without a single batch."""
+    if isinstance(data, Iterator):
+        return (
+            f"{name} is {_kind(data)} that is used up, so a further pass has no batches. "
+            "Pass something that can be iterated again (a DataLoader, a list), or a function that returns it."
+        )
+    hint = "Look at the dataset's length"
+    if getattr(data, "drop_last", False):
+        hint += f"; drop_last=True drops a last batch of fewer than {getattr(data, 'batch_size', 'batch_size')}"
+    return f"{name} is {_kind(data)} without a single batch. {hint}."
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}" if not isinstance(value, type) else f"the class {value.__name__}"
