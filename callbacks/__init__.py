@@ -8,6 +8,7 @@ from .ignite import Ignite
 from .learning_rate_finder import LearningRateFinder
 from .metrics import Metrics
 from .micro_batch import MicroBatch
+from .monitor import Monitor
 from .non_finite import StopOnNonFinite
 from .placement import Placement
 from .precision import MixedPrecision
@@ -43,4 +44,6 @@ __all__ = [
     "Ignite",
     "RunDirectory",
     "Report",
+    # For authors of handlers.
+    "Monitor",
 ]

@@ -44,7 +44,7 @@ from .listeners import Listeners, Scope
 from .parts import Parts
 from .plan import Plan
 from .record import prefixed, scalars
-from .renamed import refuse_old_names
+from .renamed import OF_ENGINE, refuse_old_names
 from .rng import preserve_rng, seed_everything
 from .run import NO_RUN, Phase, Run
 from .signals import handled_signals
@@ -58,7 +58,7 @@ E = TypeVar("E", bound=Event)
 logger = logging.getLogger("camshaft")
 
 
-@refuse_old_names
+@refuse_old_names("engine", OF_ENGINE)
 @final
 class Engine:
     """Runs training and validation, and announces each moment as an event.

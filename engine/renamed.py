@@ -1,10 +1,11 @@
-"""Names that an engine had in earlier versions, and where to find them now."""
+"""Names from earlier versions, and where to find them now."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
-MOVED = {
+OF_ENGINE = {
     "around": "engine.listeners.around(scope, manager)",
     "checkpoints": "run_checkpoint.checkpoints, with the RunCheckpoint that you attached",
     "data_state": "engine.run.feed.state_dict(step)",
@@ -44,25 +45,42 @@ MOVED = {
 }
 
 
+OF_UPDATE = {
+    "skip": "engine.run.skip_update()",
+    "window_batches": "engine.update.window_size.batches, or engine.update.accumulate(batches=...) to set it",
+    "window_samples": "engine.update.window_size.samples, or engine.update.accumulate(samples=...) to set it",
+}
+
 T = TypeVar("T")
 
 
 class _Renamed:
-    """Raises, when it is looked up, what says the new name."""
+    """Raises, when it is looked up or set, what says the new name."""
 
     def __init__(self, old: str, new: str) -> None:
-        self._message = f"engine.{old} was renamed. Write {new}."
+        self._message = f"{old} was renamed. Write {new}."
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
         raise AttributeError(self._message)
 
+    def __set__(self, instance: object, value: object) -> NoReturn:
+        raise AttributeError(self._message)
 
-def refuse_old_names(engine: type[T]) -> type[T]:
-    """Let the class raise for each old name, and leave those names out of ``dir()``.
+
+def refuse_old_names(owner: str, names: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """Let a class raise for each old name, and leave those names out of ``dir()``.
 
     A ``__getattr__`` would do that, too, but with one Python reads every other attribute of the class more slowly.
+
+    Args:
+        owner: how people write an object of the class.
+        names: the new name of each old one.
     """
-    for old, new in MOVED.items():
-        setattr(engine, old, _Renamed(old, new))
-    engine.__dir__ = lambda self: sorted(set(object.__dir__(self)) - MOVED.keys())  # type: ignore[method-assign]  # on purpose
-    return engine
+
+    def decorate(cls: type[T]) -> type[T]:
+        for old, new in names.items():
+            setattr(cls, old, _Renamed(f"{owner}.{old}", new))
+        cls.__dir__ = lambda self: sorted(set(object.__dir__(self)) - names.keys())  # type: ignore[method-assign]  # on purpose
+        return cls
+
+    return decorate

@@ -22,6 +22,7 @@ from .errors import ConfigurationError, DataError, EngineStateError, did_you_mea
 from .events import GradientsReady, LossReady, UpdateEnd
 from .loss import check_loss
 from .parameters import parameters_of
+from .renamed import OF_UPDATE, refuse_old_names
 from .window import MAIN, Window, WindowSize
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Progress(Protocol):
     run: Run
 
 
+@refuse_old_names("engine.update", OF_UPDATE)
 class Update:
     """``engine.update(loss)``: what a step does with its loss.
 

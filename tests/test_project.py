@@ -94,11 +94,21 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv"} < left
 
 
-def test_the_code_about_updates_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md"])
+def test_the_code_in_the_docs_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in blocks("docs/update.md"):
+    for block in blocks(page):
         exec(block, names)
+
+
+def test_the_page_about_handlers_names_every_tool() -> None:
+    """All that ``camshaft.engine`` exports for authors of handlers: what comes after the errors."""
+    told = (ROOT / "docs/handlers.md").read_text()
+    exported = camshaft.engine.__all__
+    tools = exported[exported.index("CheckpointError") + 1 :]
+    assert len(tools) > 30
+    assert not [name for name in tools if f"`{name}`" not in told]
 
 
 def test_your_own_handler_and_event_take_less_than_15_lines_each() -> None:
@@ -118,4 +128,31 @@ def test_the_readme_lists_the_events_in_firing_order() -> None:
 def test_the_readme_lists_every_handler() -> None:
     table = (ROOT / "README.md").read_text().split("## Handlers")[1]
     told = {line.split("`")[1].split("(")[0] for line in table.splitlines() if line.startswith("| `")}
-    assert told == set(camshaft.callbacks.__all__)
+    assert told == set(camshaft.callbacks.__all__) - {"Monitor"}  # a tool for authors of handlers, in docs/handlers.md
+
+
+def imported_siblings(path: Path) -> set[str]:
+    """The files of the same package that a file imports when it runs: not those that only a type checker sees."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {f"{node.module}.py" for node in nodes if node not in skipped and node.module}
+
+
+def test_the_design_page_lists_every_file_of_the_engine_and_imports_point_down_in_it() -> None:
+    lines = (ROOT / "docs/design.md").read_text().split("    engine/\n")[1].split("\n\n")[0].splitlines()
+    listed = [line.split()[0] for line in lines]
+    files = {path.name: path for path in (ROOT / "engine").glob("*.py") if path.name != "__init__.py"}
+    assert set(listed) == set(files)
+    upward = {
+        (name, other)
+        for name, path in files.items()
+        for other in imported_siblings(path)
+        if listed.index(other) < listed.index(name)
+    }
+    assert not upward
