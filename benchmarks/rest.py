@@ -95,7 +95,7 @@ def resuming(*, near: int = 20, far: int = 20_000, rounds: int = 9) -> list[Row]
         pass
 
     def step(engine: Engine, batch: Any) -> None:
-        if engine.resumes:
+        if engine.run.is_resuming:
             raise FirstStepError
 
     def engine(**kwargs: Any) -> Engine:

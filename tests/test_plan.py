@@ -35,3 +35,11 @@ def test_the_interval_is_in_the_runs_own_unit_unless_it_says_its_own(
     settings: dict[str, Any], interval: tuple[int, str]
 ) -> None:
     assert Plan(**settings).validation_interval() == interval
+
+
+def test_a_limit_of_zero_is_a_limit() -> None:
+    """Not the absence of one: a plan of no epochs does not reach further than one of two."""
+    assert not Plan(epochs=0).reaches_further(epochs=2)
+    assert Plan(epochs=2).reaches_further(epochs=0)
+    assert not Plan(max_steps=0).reaches_further(max_steps=5)
+    assert Plan(max_steps=None, epochs=1).reaches_further(epochs=1, max_steps=5)
