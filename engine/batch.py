@@ -72,7 +72,7 @@ def num_samples(batch: Any) -> int:
     lengths = {len(part) if isinstance(part, tuple | list) else -1 for part in parts}
     if len(parts) > 1 and len(lengths) == 1 and -1 not in lengths and _has_dicts(parts):
         return lengths.pop()  # images and their targets, as detection loaders give them: one item per sample
-    # Tensors tell for certain; a list among the parts holds one item per sample only where there are none.
+    # Tensors decide; a list among the parts is taken for one item per sample only if there are no tensors.
     sizes = {size for part in parts for size in _first_dimensions(part)}
     sizes = sizes or {len(part) for part in parts if isinstance(part, list)}
     if len(sizes) == 1:

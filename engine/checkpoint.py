@@ -23,7 +23,7 @@ logger = logging.getLogger("camshaft")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """One run checkpoint: its number tells which is newer, and its name holds the digest of its content."""
+    """One run checkpoint: a higher number is newer, and the name holds the digest of the content."""
 
     path: Path
     number: int
@@ -35,7 +35,7 @@ class CheckpointDirectory:
     """The run checkpoints in a directory.
 
     A file's name is ``run-<number>-step-<step>-<first half of its SHA-256>.pt``. It takes that name only when it is
-    whole and on the disk, so the directory's listing is all there is to keep in step.
+    complete and on the disk, so the listing of the directory is the index.
     """
 
     _NAME = re.compile(r"run-(\d{6})-step-(\d+)-([0-9a-f]{32})\.pt")
@@ -65,7 +65,7 @@ class CheckpointDirectory:
         return CheckpointFile(path, number, step, path.stem[-32:])
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
-        """Return the newest checkpoint that is whole, and its path; None if there is none at all.
+        """Return the newest checkpoint that is complete, and its path; None if there are no checkpoints.
 
         A damaged one is put aside with a warning that says why, and the one before it is used.
 
@@ -90,7 +90,7 @@ class CheckpointDirectory:
         return None
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind."""
+        """Remove the temporary files of writers that were killed."""
         for temporary in self.path.glob(".run-*.tmp"):
             temporary.unlink(missing_ok=True)
 

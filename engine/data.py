@@ -100,7 +100,7 @@ def is_stateful(data: object) -> TypeGuard[Stateful]:
 
 
 def loader_like(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
-    """Return a loader like this one, but for what is ``changed``."""
+    """Return a loader with the same settings as this one, except those in ``changed``."""
     same = {
         "dataset": loader.dataset,
         "num_workers": loader.num_workers,

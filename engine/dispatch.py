@@ -1,7 +1,8 @@
 """Who hears what, and in which order.
 
-Handlers run in the order in which they were attached. Nothing joins a dispatch that is under way, and a
-cancelled handler never runs again. A handler's exception goes on to the caller with a note that names it.
+Handlers run in the order in which they were attached. One that is added while an event is announced waits for the next
+event, and a cancelled one never runs again. The exception of a handler reaches the caller, with a note that names the
+handler.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Subscription(Generic[E]):
     """One handler of one event; ``cancel()`` ends it.
 
     ``due`` is a lower bound: the filter need not be asked before the counter reaches it. What is called is
-    ``call``: the handler until it is cancelled and nothing from then on, also in the dispatch that is under way.
+    ``call``: the handler, or, once it is cancelled, a function that does nothing.
     """
 
     __slots__ = ("_channel", "always", "call", "due", "handler", "when")
@@ -41,7 +42,7 @@ class Subscription(Generic[E]):
         self._channel.remove(self)
 
     def is_due(self, count: int) -> bool:
-        """Return whether the filter lets this count through, and look up when to ask it again."""
+        """Return whether the handler runs at this count, and look up when to ask the filter again."""
         if self.always:
             return True
         if count < self.due:
@@ -60,7 +61,7 @@ def _nothing(event: object) -> None:
 class Channel(Generic[E]):
     """The subscriptions of one event.
 
-    The loop's whole cost for an event that nobody is due to hear is ``if count >= channel.due``.
+    For an event that nobody is due to hear, all that the loop does is ``if count >= channel.due``.
     """
 
     __slots__ = ("due", "event", "filtered", "subscriptions")
@@ -82,7 +83,7 @@ class Channel(Generic[E]):
         self._set(tuple(s for s in self.subscriptions if s is not subscription))
 
     def rewind(self) -> None:
-        """Ask every filter afresh: the counter was set to another value."""
+        """Ask every filter again, because the counter was set to another value."""
         for subscription in self.subscriptions:
             subscription.due = 0
         self._settle_due()
@@ -164,7 +165,7 @@ def describe(handler: object) -> str:
 
 
 def location(handler: object) -> str:
-    """Return ``file:line`` of a handler, relative to the working directory where it lies below it."""
+    """Return ``file:line`` of a handler, relative to the working directory if it is in it."""
     code = getattr(inspect.unwrap(getattr(handler, "__func__", handler)), "__code__", None)  # type: ignore[arg-type]
     if code is None:
         return ""

@@ -64,8 +64,8 @@ class Engine:
     """Runs training and validation, and announces each moment as an event.
 
     Args:
-        step: ``step(engine, batch)``, called with each batch; ``engine.training`` tells training from
-            validation. It returns what to record: None, a tensor (recorded as ``loss``) or ``{name: tensor}``.
+        step: ``step(engine, batch)``, called with each batch; ``engine.training`` distinguishes training
+            from validation. It returns what to record: None, a tensor (recorded as ``loss``) or ``{name: tensor}``.
             Or a `Step`. None is for the script style, where your own loop does the work.
         callbacks: handlers, attached in this order.
         seed: seeds python, numpy and torch when the first run begins; None leaves them alone.
@@ -137,10 +137,10 @@ class Engine:
         the run that is resumed began.
 
         A second call goes on from where the first stopped; the counters continue. A signal (SIGTERM, SIGUSR1, Ctrl-C)
-        ends the run after the present step; ``history.exit_code`` tells.
+        ends the run after the present step; ``history.exit_code`` says so.
 
         ``train`` and ``val`` are iterables of batches, or functions that return one. ``resume`` is "auto" for the
-        newest checkpoint of the attached `RunCheckpoint`, or a fresh start if there is none; or the path of a
+        newest checkpoint of the attached `RunCheckpoint`, or a start from the beginning if there is none; or the path of a
         checkpoint, or of a directory of them.
 
         Raises:
@@ -219,7 +219,7 @@ class Engine:
             return
         self.num_validations += 1
         step_end = self._validation_step_end
-        step_end.rewind()  # its counter starts anew
+        step_end.rewind()  # its counter begins again at 1
         with self._evaluating("val", data) as stage:
             self.emit(ValidationStart(self))
             for batch in self._evaluation_batches("val", data):
@@ -244,7 +244,7 @@ class Engine:
         Nothing waits for the device. Without ``weight``, the number of samples is taken from the batch.
 
         Raises:
-            DataError: if a value is not one number, or the batch does not tell its number of samples.
+            DataError: if a value is not one number, or the number of samples cannot be read from the batch.
         """
         record = self.current.record or refuse_outside_a_stage()
         record.add(values, self.current.num_samples() if weight is None else weight)
@@ -504,7 +504,7 @@ class Engine:
         return self.run
 
     def _record_output(self, output: StepOutput) -> None:
-        """Record what a step returned; handlers see it where the step has given its output to no metric."""
+        """Record what a step returned; it is also the output that handlers see, if the step measured none."""
         current = self.current
         if current.output is None:
             current.output, current.target = output, NOTHING
@@ -555,7 +555,7 @@ class Engine:
 
     @property
     def directory(self) -> Path | None:
-        """Where handlers write what a run leaves behind; None without a `RunDirectory`."""
+        """Where handlers write their files; None without a `RunDirectory`."""
         return next((one.run_directory for one in self.callbacks if one.run_directory is not None), None)
 
     # Listening -----------------------------------------------------------------------------------------

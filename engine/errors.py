@@ -29,7 +29,7 @@ class ConfigurationError(CamshaftError, ValueError):
 
 
 class HandlerError(ConfigurationError):
-    """A handler or hook that could never be called as it is written."""
+    """A handler or hook that cannot be called the way it is written."""
 
 
 class DataError(CamshaftError, ValueError):
@@ -72,7 +72,7 @@ def can_take(function: Callable[..., object], num_arguments: int) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether ``value`` is a finite number: no string, no boolean, no NaN.
+    """Return whether ``value`` is a finite number: not a string, a boolean or NaN.
 
     >>> is_number(0.1), is_number("0.1"), is_number(float("nan"))
     (True, False, False)

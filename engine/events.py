@@ -154,7 +154,7 @@ class Settled(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunFailed(Event):
-    """The run raised ``error``, which goes on to the caller whatever the handlers do."""
+    """The run raised ``error``; it reaches the caller whatever the handlers do."""
 
     error: BaseException
     counter: ClassVar[str] = "num_fits"

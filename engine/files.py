@@ -19,15 +19,15 @@ from .errors import ConfigurationError
 def write_durably(
     path: Path, write: Callable[[BinaryIO], object], *, final: Callable[[str], Path] | None = None
 ) -> Path:
-    """Write a file so that after a crash at any moment its name holds the old content or the new, whole.
+    """Write a file so that after a crash at any moment its name holds the old content or the new one, complete.
 
     A temporary file in the same directory is written, flushed and synced; it then takes the name in one
     step, and the directory is synced.
 
     Args:
-        path: the name, or what the temporary file's name is made of if ``final`` tells the name.
+        path: the name; if ``final`` is given, only the temporary file's name is made from it.
         write: writes the content into an open file.
-        final: the name, given the SHA-256 of the content.
+        final: a function that returns the name, given the SHA-256 of the content.
 
     Raises:
         OSError: if the disk is full or the directory cannot be written; what was there is as it was.
@@ -81,7 +81,7 @@ def save(path: Path, value: Any) -> None:
 
 
 def save_together(values: dict[Path, Any]) -> None:
-    """Write several files of one moment: none takes its name before all of them are whole and on the disk."""
+    """Write several files of one moment: they are renamed only when all are complete and on the disk."""
     temporaries: dict[Path, Path] = {}
     try:
         for path, value in values.items():

@@ -19,7 +19,7 @@ STAGES = {"train": "training", "val": "validation"}  # as people say
 
 
 def values_of(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row's values, without the epoch and the step that say where it stands."""
+    """Return the values of a row, without its epoch and its step."""
     return {name: value for name, value in row.items() if name not in ("epoch", "step")}
 
 
@@ -151,9 +151,9 @@ class History(Mapping[str, list[float]]):
         ends = {row["step"] for row in self.rows}
         unit = "epoch" if all(row["step"] in ends for row in self.validations) else "step"
         between = [row for row in self.validations if f"train_{name}" in row]
-        told = {row["epoch"] for row in between}
+        drawn = {row["epoch"] for row in between}
         train = sorted(
-            [*between, *(row for row in self.rows if row["epoch"] not in told)], key=lambda row: row["step"]
+            [*between, *(row for row in self.rows if row["epoch"] not in drawn)], key=lambda row: row["step"]
         )
         for stage, rows, colour in (
             ("train", train, "tab:blue"),

@@ -1,4 +1,4 @@
-"""Metrics from three houses behind one shape: plain functions, torchmetrics and ignite.metrics.
+"""Metrics of three kinds with one interface: plain functions, torchmetrics and ignite.metrics.
 
 Neither library is imported here: an object of theirs can exist only where its module is loaded already.
 """
@@ -24,7 +24,7 @@ class ComputedMetric:
     """A torchmetrics or ignite metric: updated with each batch, computed at the end of the stage.
 
     Args:
-        name: what its value is called; several names take these of the values of a metric that computes several.
+        name: what its value is called; a tuple of names selects those values from a metric that returns a dict.
         metric: the metric.
     """
 
@@ -82,7 +82,7 @@ class ComputedMetric:
         """Return the value under its name, or the values of a collection under ``name_key``; empty if unused.
 
         Raises:
-            ConfigurationError: if a value is no number and no tensor, or one that was named is not there.
+            ConfigurationError: if a value is neither a number nor a tensor, or a value that was named does not exist.
         """
         if not self._updated:
             return {}
@@ -153,7 +153,7 @@ def as_metrics(metrics: object) -> dict[str, Metric]:
     """Return ``{name: metric}`` with each metric in the shape the engine uses.
 
     Raises:
-        ConfigurationError: for a list, a class instead of an instance, or something that is no metric.
+        ConfigurationError: for a list, a class instead of an instance, or anything else that is not a metric.
     """
     if not isinstance(metrics, Mapping) and not _comes_from("torchmetrics", metrics):
         raise ConfigurationError(f'metrics is {metrics!r}, but each needs a name. Write metrics={{"acc": ...}}.')

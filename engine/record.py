@@ -93,7 +93,7 @@ class Record:
                 self.functions[name] = metric
 
     def reset(self) -> None:
-        """Start the stage anew."""
+        """Begin the stage again, with nothing in it."""
         self.meters.clear()
         self._earlier.clear()
         self._arriving, self._arrived = None, {}
@@ -101,10 +101,10 @@ class Record:
             metric.reset()
 
     def add(self, values: Mapping[str, float | Tensor], weight: float) -> None:
-        """Add each value, the mean over ``weight`` samples; of none, it is left out.
+        """Add each value, the mean over ``weight`` samples; ignored if ``weight`` is 0.
 
         Raises:
-            DataError: naming the value, if it is no number and no tensor of one element.
+            DataError: naming the value, if it is neither a number nor a tensor of one element.
         """
         if not weight:
             return  # the mean of nothing, which is NaN
@@ -135,7 +135,7 @@ class Record:
     def compute(self) -> dict[str, Any]:
         """Return every average and metric, the scalars as floats, in one transfer from each device.
 
-        A metric that is no scalar (a confusion matrix, per-class values) comes as a tensor on the CPU.
+        A metric that is not a scalar (a confusion matrix, per-class values) is returned as a tensor on the CPU.
         """
         totals = {name: self._total(name) for name in self.meters}
         values: dict[str, Any] = {name: total for name, (total, _) in totals.items()}
@@ -148,7 +148,7 @@ class Record:
         return {name: value / totals[name][1] if name in totals else value for name, value in values.items()}
 
     def since_mark(self) -> dict[str, float]:
-        """Return the averages of what was added since the last call, in one transfer, and set the mark anew."""
+        """Return the averages of what was added since the last call, in one transfer."""
         added: dict[str, tuple[float | Tensor, float]] = {}
         for name, meter in self.meters.items():
             if meter.count:

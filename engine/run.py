@@ -1,4 +1,4 @@
-"""One run: how far it goes, where it stands, and what was decided for it."""
+"""One run: how far it goes, where it is, and what was decided for it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Run:
     # What is decided for the run ---------------------------------------------------------------------------
 
     def stop(self, reason: str, epoch: int) -> bool:
-        """Ask for the end of the run after the present step; return whether that counts: not before ``min_epochs``."""
+        """Ask for the end of the run after the present step; return False if it goes on until ``min_epochs``."""
         num_epochs = epoch - self.first_epoch - (not self.data_exhausted)
         if num_epochs < self.plan.min_epochs:
             logger.info("Training goes on until min_epochs=%d, although a stop was asked for: %s",
@@ -142,7 +142,7 @@ class Run:
         skips, self._skips_update = self._skips_update, False
         return skips
 
-    # Where it stands ---------------------------------------------------------------------------------------
+    # Where it is -------------------------------------------------------------------------------------------
 
     @property
     def data_exhausted(self) -> bool:
@@ -151,7 +151,7 @@ class Run:
 
     @property
     def epoch_goal(self) -> float:
-        """The step with which the present epoch's training ends; infinite where only the data can tell."""
+        """The step after which the training of the present epoch ends; infinite if only the end of the data ends it."""
         return min(self.last_step, self.step_before_epoch + (self.plan.epoch_length or math.inf))
 
     @property
@@ -168,7 +168,7 @@ class Run:
         self._num_validated = self._num_validations_to_skip = 0
 
     def begin_validation(self, *, in_step: bool) -> bool:
-        """Return whether a validation begins now; not so if it was done before the run was resumed, or must wait.
+        """Return whether a validation begins now: not if it was done before the run was resumed, or the run is interrupted.
 
         Args:
             in_step: whether this is within a training step.
@@ -188,7 +188,7 @@ class Run:
     def cuts_validation(self) -> bool:
         """Whether the present validation ends here, because the run was interrupted.
 
-        Not so within a step of one's own loop: that validation could not be made again, because its step is not.
+        A validation within a step of the user's own loop does not: its step is not repeated, so it could not be made again.
         """
         is_repeatable = self.has_validation is not None or not self._validates_in_step
         return self.interrupted is not None and is_repeatable

@@ -125,7 +125,7 @@ class _SeededDataset(Dataset[Any]):
 
     def _read(self, tagged: list[Any]) -> list[Any]:
         (epoch, position), *indices = tagged
-        if hasattr(self._dataset, "__getitems__"):  # it reads whole batches: one seed for each
+        if hasattr(self._dataset, "__getitems__"):  # it reads a batch at a time: one seed for each batch
             self._seed_all(mix(self._seed, epoch, position + 2))
             items: list[Any] = self._dataset.__getitems__(indices)
             return items

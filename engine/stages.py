@@ -15,7 +15,7 @@ from .record import Record, prefixed
 
 
 class Nothing(enum.Enum):
-    """The target of a step that has measured nothing, for which None would not do: a target may be None."""
+    """The target of a step that has measured nothing; not None, because a target may be None."""
 
     NOTHING = "nothing was measured"
 
@@ -74,11 +74,11 @@ class Stages:
         """Add metrics by name; they are updated by ``engine.measure`` and computed at the end of each stage.
 
         Args:
-            metrics: by name; several names, as a tuple, take these of the values of a metric that computes several.
+            metrics: by name; a tuple of names selects those values from a metric that returns a dict.
             train: measure in training, too.
 
         Raises:
-            ConfigurationError: if a name is taken or a metric is none.
+            ConfigurationError: if a name is taken, or what should be a metric is not one.
         """
         for key, metric in as_metrics(metrics).items():
             taken = self._names() & set(_names(key, metric))

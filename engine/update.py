@@ -318,7 +318,7 @@ def _clear_gradients(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a fused optimizer skips by itself, so that only the scale, which then shrinks, can tell."""
+    """Return whether a fused optimizer skips a step by itself; then only a smaller scale shows that it did."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 

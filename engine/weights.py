@@ -1,4 +1,4 @@
-"""Plain weights: out of their wrappers, compared, and loaded as a whole or not at all."""
+"""Plain weights: unwrapped, compared, and loaded completely or not at all."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class every_seconds:  # noqa: N801
 class _Clock:
     """The clock of one subscription with `every_seconds`.
 
-    It is not read at every count: the pace so far tells about when to look again, at most 64 counts later.
+    It is not read at every count, but about half-way to the time, judged by the pace so far; at most 64 counts later.
     """
 
     def __init__(self, setting: every_seconds) -> None:
