@@ -140,7 +140,7 @@ class Engine:
         ends the run after the present step; ``history.exit_code`` says so.
 
         ``train`` and ``val`` are iterables of batches, or functions that return one. ``resume`` is "auto" for the
-        newest checkpoint of the attached `RunCheckpoint`, or a start from the beginning if there is none; or the path of a
+        newest checkpoint of the attached `RunCheckpoint`, or a fresh start if there is none; or the path of a
         checkpoint, or of a directory of them.
 
         Raises:

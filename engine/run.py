@@ -151,7 +151,7 @@ class Run:
 
     @property
     def epoch_goal(self) -> float:
-        """The step after which the training of the present epoch ends; infinite if only the end of the data ends it."""
+        """The step after which the training of the present epoch ends; infinite if only the data can end it."""
         return min(self.last_step, self.step_before_epoch + (self.plan.epoch_length or math.inf))
 
     @property
@@ -168,7 +168,7 @@ class Run:
         self._num_validated = self._num_validations_to_skip = 0
 
     def begin_validation(self, *, in_step: bool) -> bool:
-        """Return whether a validation begins now: not if it was done before the run was resumed, or the run is interrupted.
+        """Return whether a validation begins now: not if it was done before a resume, or if the run is interrupted.
 
         Args:
             in_step: whether this is within a training step.
@@ -188,7 +188,8 @@ class Run:
     def cuts_validation(self) -> bool:
         """Whether the present validation ends here, because the run was interrupted.
 
-        A validation within a step of the user's own loop does not: its step is not repeated, so it could not be made again.
+        A validation within a step of the user's own loop does not: it could not be made again, because its step is not
+        repeated.
         """
         is_repeatable = self.has_validation is not None or not self._validates_in_step
         return self.interrupted is not None and is_repeatable
