@@ -1,0 +1,405 @@
+"""What every handler must do, whatever else it does: each one that `camshaft.callbacks` exports joins these tests.
+
+``MAKE`` makes one of each, with settings that have an effect in this small run. A new handler fails the first test
+until it is there. Only subclasses of `Callback` are handlers: `LearningRateFinder` runs trainings of its own, and
+`warmup_cosine` makes a scheduler.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import class_batches
+from ignite.metrics import Accuracy
+from torch import Tensor, nn
+
+import camshaft.callbacks
+from camshaft.callbacks import (
+    Accumulate,
+    BestCheckpoint,
+    ClipGradients,
+    Compile,
+    EarlyStopping,
+    FreezeUntil,
+    Ignite,
+    Metrics,
+    MicroBatch,
+    MixedPrecision,
+    Penalty,
+    Placement,
+    ProgressBar,
+    Report,
+    RunCheckpoint,
+    RunDirectory,
+    Schedule,
+    StopOnNonFinite,
+    TensorBoard,
+    WeightAverage,
+    warmup_cosine,
+)
+from camshaft.engine import (
+    BatchReady,
+    Callback,
+    ConfigurationError,
+    Engine,
+    FitEnd,
+    FitStart,
+    RunFailed,
+    Settled,
+    StepEnd,
+    Trainer,
+    at,
+)
+
+# The handlers -----------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A file on which a progress bar is drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(dim=1) == target).float().mean()
+
+
+def make_ignite(directory: Path) -> Ignite:
+    """A bridge with a metric at work on both of its sides."""
+    bridge = Ignite()
+    Accuracy().attach(bridge.train, "batch_acc", usage="batch_wise")
+    Accuracy().attach(bridge.val, "acc")
+    return bridge
+
+
+MAKE: dict[str, Callable[[Path], Callback]] = {
+    "Placement": lambda directory: Placement("cpu"),
+    "MixedPrecision": lambda directory: MixedPrecision("bf16"),
+    "Compile": lambda directory: Compile("model", backend="eager"),
+    "Metrics": lambda directory: Metrics({"acc": accuracy}),
+    "ProgressBar": lambda directory: ProgressBar(repaint_seconds=1e-9, file=Terminal()),
+    "EarlyStopping": lambda directory: EarlyStopping("val_loss", mode="min", patience=50),
+    "BestCheckpoint": lambda directory: BestCheckpoint("val_loss", "min", directory / "best", top_k=2),
+    "RunCheckpoint": lambda directory: RunCheckpoint(directory / "run"),
+    "Accumulate": lambda directory: Accumulate(batches=2),
+    "ClipGradients": lambda directory: ClipGradients(norm=0.1),
+    "MicroBatch": lambda directory: MicroBatch(2),
+    "Schedule": lambda directory: Schedule(warmup_cosine, per="update"),
+    "WeightAverage": lambda directory: WeightAverage(decay=0.5),
+    "Penalty": lambda directory: Penalty(l1=0.01, l2=0.1),
+    "FreezeUntil": lambda directory: FreezeUntil(2, ["0.*"]),
+    "StopOnNonFinite": lambda directory: StopOnNonFinite("raise"),
+    "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
+    "Ignite": make_ignite,
+    "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
+    "Report": lambda directory: Report(directory / "report"),
+}
+
+# A handler is one of these: it leaves the weights that training gives as they are ...
+ONLY_WATCHES = {
+    "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
+    "Ignite", "RunDirectory", "Report",
+    "WeightAverage",  # evaluates with other weights, and trains with the same
+}  # fmt: skip
+# ... or it is there to change how they are trained, ...
+CHANGES_TRAINING = {
+    "MixedPrecision", "Accumulate", "ClipGradients", "MicroBatch", "Schedule", "Penalty", "FreezeUntil",
+}  # fmt: skip
+# ... though of these nothing shows here: on the CPU, with a compiler that does nothing.
+CHANGES_NOTHING_HERE = {"Placement", "Compile"}
+
+every_handler = pytest.mark.parametrize("name", MAKE)
+
+
+def exported() -> set[str]:
+    """Return the names of the handlers that are exported."""
+    values = {name: getattr(camshaft.callbacks, name) for name in camshaft.callbacks.__all__}
+    return {name for name, value in values.items() if isinstance(value, type) and issubclass(value, Callback)}
+
+
+def test_every_exported_handler_takes_part(tmp_path: Path) -> None:
+    assert MAKE.keys() == exported()
+    assert {name: type(make(tmp_path)).__name__ for name, make in MAKE.items()} == {name: name for name in MAKE}
+
+
+def test_every_handler_only_watches_or_changes_training() -> None:
+    listed = [*ONLY_WATCHES, *CHANGES_TRAINING, *CHANGES_NOTHING_HERE]
+    assert sorted(listed) == sorted(exported())
+
+
+# What is trained --------------------------------------------------------------------------------------------
+
+TRAIN = class_batches(4, 3, 4, 2, 4)  # a window of two batches does not go into an epoch of five
+VAL = class_batches(3, 2, seed=2)
+EPOCHS = 2
+STEPS = EPOCHS * len(TRAIN)
+
+
+class StepError(Exception):
+    """What goes wrong in a step."""
+
+
+class Loss(nn.CrossEntropyLoss):
+    """A loss that raises ``error``, if there is one."""
+
+    error: StepError | None = None
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return super().forward(input, target)
+
+
+def trainer(*callbacks: Callback, seed: int = 0) -> Engine:
+    """A trainer whose results depend on the order of the updates and on the random numbers."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return Trainer(model, optimizer, Loss(), callbacks=callbacks)
+
+
+def fit(engine: Engine, **settings: Any) -> None:
+    engine.fit(TRAIN, VAL, epochs=EPOCHS, **settings)
+
+
+def fit_in_used_directory(engine: Engine) -> None:
+    """Fit where an earlier run has written: one that makes checkpoints must be resumed there."""
+    fit(engine, resume="auto" if any(handler.checkpoints for handler in engine.callbacks) else None)
+
+
+def count_ends(engine: Engine) -> list[str]:
+    """Return a list that grows by a reason whenever a run of the engine ends."""
+    reasons: list[str] = []
+    engine.subscribe(FitEnd, lambda event: reasons.append(event.reason))
+    return reasons
+
+
+def equal(ours: Any, theirs: Any) -> bool:
+    """Return whether two nests of plain values and tensors are the same to the bit."""
+    if isinstance(ours, Tensor):
+        return isinstance(theirs, Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return type(ours) is type(theirs) and bool(ours == theirs or (ours != ours and theirs != theirs))
+
+
+# How it shows itself ----------------------------------------------------------------------------------------
+
+
+@every_handler
+def test_the_repr_is_one_line_that_begins_with_the_class_and_has_no_address(name: str, tmp_path: Path) -> None:
+    handler = MAKE[name](tmp_path)
+    before = repr(handler)
+    fit(trainer(handler))
+    for text in (before, repr(handler)):
+        assert text.startswith(f"{name}(")
+        assert text.endswith(")")
+        assert "\n" not in text
+        assert " at 0x" not in text
+
+
+@every_handler
+def test_two_handlers_that_are_made_alike_have_the_same_repr(name: str, tmp_path: Path) -> None:
+    """Before a run, and after two that are alike."""
+    first, second = MAKE[name](tmp_path), MAKE[name](tmp_path)
+    assert text_without_directory(first) == text_without_directory(second)
+    fit(trainer(first))
+    fit_in_used_directory(trainer(second))
+    assert text_without_directory(first) == text_without_directory(second)
+
+
+def text_without_directory(handler: Callback) -> str:
+    """Return the repr, less the directory that belongs to one handler alone."""
+    return repr(handler).replace(str(handler.run_directory), "its directory")
+
+
+# Its state --------------------------------------------------------------------------------------------------
+
+
+@every_handler
+def test_the_state_can_be_loaded_safely_and_is_taken_back_as_it_was(name: str, tmp_path: Path) -> None:
+    """In mid-epoch, where there is most to keep, and after the run."""
+    handler = MAKE[name](tmp_path)
+    engine, states = trainer(handler), []
+    engine.subscribe(Settled, lambda event: states.append(through_a_file(handler, tmp_path)), when=at(3))
+    fit(engine)
+    states.append(through_a_file(handler, tmp_path))
+    for state in states:
+        assert equal(taken_back(MAKE[name](tmp_path), state), state)
+
+
+def through_a_file(handler: Callback, directory: Path) -> dict[str, Any]:
+    """Return the state of a handler as it comes out of a file."""
+    torch.save(handler.state_dict(), directory / "state.pt")
+    loaded: dict[str, Any] = torch.load(directory / "state.pt", weights_only=True)
+    assert equal(loaded, handler.state_dict())
+    return loaded
+
+
+def taken_back(handler: Callback, state: dict[str, Any]) -> dict[str, Any]:
+    """Load a state when a resumed run would, and return what the handler makes of it."""
+    states = []
+
+    def load(event: FitStart) -> None:
+        handler.load_state_dict(state)
+        states.append(handler.state_dict())
+
+    engine = trainer(handler, seed=1)
+    engine.subscribe(FitStart, load)
+    handler.before_resume(state)
+    fit_in_used_directory(engine)
+    return states[0]
+
+
+# Its life ---------------------------------------------------------------------------------------------------
+
+
+@every_handler
+def test_an_engine_can_fit_twice(name: str, tmp_path: Path) -> None:
+    engine = trainer(MAKE[name](tmp_path))
+    ends = count_ends(engine)
+    fit(engine)
+    fit(engine)
+    assert ends == ["2 epochs done"] * 2
+    assert [row["epoch"] for row in engine.history.rows] == [1, 2, 3, 4]
+
+
+@every_handler
+def test_a_second_engine_is_refused(name: str, tmp_path: Path) -> None:
+    handler = MAKE[name](tmp_path)
+    fit(trainer(handler))
+    second = trainer()
+    before = second.explain()
+    check_refused(second, handler)
+    assert second.callbacks == []
+    assert second.explain() == before
+
+
+@every_handler
+def test_the_same_engine_takes_a_handler_once(name: str, tmp_path: Path) -> None:
+    handler = MAKE[name](tmp_path)
+    engine = trainer(handler)
+    before = engine.explain()
+    check_refused(engine, handler)
+    assert engine.callbacks == [handler]
+    assert engine.explain() == before
+
+
+def check_refused(engine: Engine, handler: Callback) -> None:
+    """Fail unless the engine refuses the handler by its name, in a sentence of fact and one of what to do."""
+    with pytest.raises(ConfigurationError) as refusal:
+        engine.attach(handler)
+    sentences = re.split(r"(?<=[.?!]) +(?=[A-Z])", str(refusal.value))
+    assert len(sentences) == 2
+    assert type(handler).__name__ in sentences[0]
+    assert sentences[1].endswith(".")
+
+
+@every_handler
+def test_an_error_in_the_step_reaches_the_caller_and_the_engine_can_fit_again(name: str, tmp_path: Path) -> None:
+    engine = trainer(MAKE[name](tmp_path))
+    loss, error, ends, failures = engine.parts["loss_fn"], StepError("it broke"), count_ends(engine), []
+    engine.subscribe(BatchReady, lambda event: setattr(loss, "error", error), when=at(3))
+    engine.subscribe(RunFailed, lambda event: failures.append(event.error))
+    with pytest.raises(StepError) as caught:
+        fit(engine)
+    assert caught.value is error
+    assert failures == [error]
+    assert ends == ["failed with StepError: it broke"]
+    loss.error = None
+    fit(engine)
+    assert ends[1:] == ["2 epochs done"]
+    assert [row["epoch"] for row in engine.history.rows] == [2, 3]
+    assert failures == [error]
+
+
+# A run that is cut ------------------------------------------------------------------------------------------
+
+
+@every_handler
+@pytest.mark.parametrize("validate_every", [None, pytest.param("2 steps", marks=pytest.mark.slow)])
+def test_a_run_cut_after_any_step_and_resumed_ends_as_the_run_left_alone(
+    name: str, validate_every: str | None, tmp_path: Path
+) -> None:
+    left_alone = run(name, tmp_path / "alone", validate_every=validate_every)
+    assert left_alone["step"] == STEPS
+    different = {}
+    for step in range(1, STEPS + 1):
+        directory = tmp_path / str(step)
+        cut = run(name, directory, cut_at=step, validate_every=validate_every)
+        assert (cut["step"], cut["reason"]) == (step, "interrupted by SIGTERM")
+        resumed = run(name, directory, resume="auto", seed=1, validate_every=validate_every)
+        if wrong := [key for key in left_alone if not equal(resumed[key], left_alone[key])]:
+            different[step] = wrong
+    assert different == {}
+
+
+def run(name: str, directory: Path, *, cut_at: int = 0, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    """Run a training as a new process would, and return what it came to."""
+    handler = MAKE[name](directory)
+    engine = trainer(handler, seed=seed)
+    if not isinstance(handler, RunCheckpoint):
+        engine.attach(RunCheckpoint(directory / "run"))
+    if cut_at:
+        engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(cut_at))
+    fit(engine, **settings)
+    return outcome(engine, handler)
+
+
+def outcome(engine: Engine, handler: Callback) -> dict[str, Any]:
+    """Return all that a resumed run must have in common with one that was left alone."""
+    counters = ("epoch", "step", "num_updates", "num_validations")
+    stateful = {name: part for name, part in engine.parts.items() if hasattr(part, "state_dict")}
+    state = handler.state_dict()
+    state.pop("name", None)  # of a run directory: the time at which the run began
+    return {
+        **{name: part.state_dict() for name, part in stateful.items()},
+        **{name: getattr(engine, name) for name in counters},
+        "rows": engine.history.rows,
+        "validations": engine.history.validations,
+        "reason": engine.history.reason,
+        "handler": state,
+    }
+
+
+# What it does to the training -------------------------------------------------------------------------------
+
+
+@cache
+def without_handler() -> dict[str, Any]:
+    """What the run comes to without any handler."""
+    engine = trainer()
+    fit(engine)
+    return trained(engine)
+
+
+def trained(engine: Engine) -> dict[str, Any]:
+    """Return the weights, the momentum and the training losses."""
+    states = {name: engine.parts[name].state_dict() for name in ("model", "optimizer")}
+    return {**states, "losses": engine.history["train_loss"]}
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_WATCHES | CHANGES_NOTHING_HERE))
+def test_a_handler_that_only_watches_leaves_every_bit_of_the_training_as_it_is(name: str, tmp_path: Path) -> None:
+    engine = trainer(MAKE[name](tmp_path))
+    fit(engine)
+    assert equal(trained(engine), without_handler())
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES_TRAINING))
+def test_a_handler_that_changes_training_does_so_in_this_run(name: str, tmp_path: Path) -> None:
+    """Or the other tests would say little of it."""
+    engine = trainer(MAKE[name](tmp_path))
+    fit(engine)
+    assert not equal(trained(engine)["model"], without_handler()["model"])
