@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import class_batches
+from ignite.exceptions import NotComputableError
 from ignite.metrics import Accuracy
 from torch import Tensor, nn
 
@@ -343,6 +344,19 @@ def test_a_run_cut_after_any_step_and_resumed_ends_as_the_run_left_alone(
         if wrong := [key for key in left_alone if not equal(resumed[key], left_alone[key])]:
             different[step] = wrong
     assert different == {}
+
+
+@pytest.mark.xfail(strict=True, raises=NotComputableError, reason="the resumed run sees no batch of that epoch")
+def test_a_run_cut_after_the_last_step_of_an_epoch_can_be_resumed_with_a_metric_on_the_bridge(tmp_path: Path) -> None:
+    """Of the epoch only the end is left, where ignite's metric computes a value, and it has seen nothing."""
+    for resume in (None, "auto"):
+        bridge = Ignite()
+        Accuracy().attach(bridge.train, "acc")
+        engine = trainer(bridge, RunCheckpoint(tmp_path))
+        if resume is None:
+            engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(len(TRAIN)))
+        fit(engine, resume=resume)
+    assert engine.step == STEPS
 
 
 def run(name: str, directory: Path, *, cut_at: int = 0, seed: int = 0, **settings: Any) -> dict[str, Any]:
