@@ -92,6 +92,9 @@ def test_it_goes_on_in_as_many_parts_and_updates_once_a_batch() -> None:
     trainer.fit(data(), epochs=1)
     assert updates == [1, 2, 3, 4, 5]
     assert handler.state_dict() == {"num_parts": 4}
+    resumed = MicroBatch()
+    resumed.load_state_dict(handler.state_dict())
+    assert resumed.num_parts == 4
 
 
 def test_a_single_sample_that_does_not_fit_is_an_error() -> None:
