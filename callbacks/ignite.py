@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from camshaft.engine import (
     NOTHING,
     BatchReady,
     Callback,
+    CheckpointError,
     Engine,
     EngineStateError,
     EpochEnd,
@@ -27,11 +29,15 @@ from camshaft.engine import (
     ValidationEnd,
     ValidationStart,
     ValidationStepEnd,
+    check_plain,
     tree_map,
 )
 
 if TYPE_CHECKING:
     from ignite.engine import Engine as IgniteEngine
+
+
+logger = logging.getLogger("camshaft")
 
 
 class Output(tuple[Any, ...]):
@@ -169,6 +175,31 @@ class Ignite(Callback):
         """Fire COMPLETED, unless the run failed."""
         self._train.end()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the metrics attached to ``train`` have seen in this epoch."""
+        return {"metrics": [_state_of(metric) for metric in self._train.metrics()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the metrics go on from there, if they are as many as they were."""
+        metrics = self._train.metrics()
+        if len(metrics) != len(state["metrics"]):
+            logger.warning("%d metrics of ignite's were saved, and %d are attached. They begin again.",
+                           len(state["metrics"]), len(metrics))  # fmt: skip
+            return
+        for metric, saved in zip(metrics, state["metrics"], strict=True):
+            if saved is not None:
+                metric.load_state_dict(saved)
+
+
+def _state_of(metric: Any) -> dict[str, Any] | None:
+    """Return what a metric has seen in this epoch; None if that cannot be saved safely."""
+    state: dict[str, Any] = metric.state_dict()
+    try:
+        check_plain(state, "metric")
+    except CheckpointError:
+        return None
+    return state
+
 
 class _Follower:
     """An engine of ignite's whose state and events are driven from outside.
@@ -188,6 +219,14 @@ class _Follower:
         self._started = False  # COMPLETED is still to come
         self.listening = False  # other events are, too; the state stands still when none are
         self._start_time = self._epoch_start_time = 0.0
+
+    def metrics(self) -> list[Any]:
+        """Return the metrics that are attached, in the order of attachment."""
+        from ignite.metrics import Metric
+
+        handlers = [handler for handlers in self.engine._event_handlers.values() for handler, *_ in handlers]
+        owners = [getattr(handler, "__self__", None) for handler in handlers]
+        return list({id(owner): owner for owner in owners if isinstance(owner, Metric)}.values())
 
     def start(self, engine: Engine, **state: Any) -> None:
         self.engine.should_terminate = self.engine.should_terminate_single_epoch = self.engine.should_interrupt = False

@@ -5,7 +5,7 @@ The first names are for everybody; those after `CheckpointError` are for authors
 
 from .batch import call_model, first_tensor, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
-from .checkpoint import CheckpointDirectory
+from .checkpoint import CheckpointDirectory, check_plain
 from .data import Data, check_data, one_pass, repeat
 from .dispatch import Subscription
 from .engine import Engine
@@ -129,6 +129,7 @@ __all__ = [
     "save_together",
     "CheckpointDirectory",
     "run_state",
+    "check_plain",
     "preserve_rng",
     "generator_states",
     "set_generator_states",
