@@ -56,7 +56,7 @@ class Compile(Callback):
         super().attach(engine)
         for name in self.parts:
             try:
-                modules[name].compile(**self.options)
+                _compile_in_place(modules[name], self.options)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ConfigurationError(
                     f'"{name}" cannot be compiled: {str(error).rstrip(".")}. '
@@ -73,6 +73,32 @@ class Compile(Callback):
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"Compile({', '.join(map(repr, self.parts))}{options})"
+
+
+def _compile_in_place(module: nn.Module, options: dict[str, Any]) -> None:
+    """Compile a module with ``module.compile()``, and one of torch's own in a way that holds for every torch.
+
+    Torch before 2.14 compiles torch's own code only where other code calls it: it left an ``nn.Sequential`` as it was,
+    without a word (https://github.com/pytorch/pytorch/issues/150915). Here a function of ours calls it.
+    """
+    module.compile(**options)
+    forward = module.forward
+    if not forward.__module__.startswith("torch.nn.modules."):
+        return
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        module.forward = compiled  # for this call: a copy of the module must not hold it
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            module.__dict__.pop("forward", None)
+
+    whole.__code__ = whole.__code__.replace()  # its own: torch compiles one code at most 8 times
+    compiled = torch.compile(whole, **options)
+    module._compiled_call_impl = call
 
 
 def _reason_against(device: torch.device) -> str:
