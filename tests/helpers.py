@@ -6,7 +6,7 @@ import difflib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ def run_script(values: Sequence[float], *callbacks: Callback, model: nn.Module |
     engine = Engine(step, model=model, callbacks=callbacks)
     engine.fit([torch.zeros(1)], [torch.zeros(1)], epochs=len(values))
     return engine
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all of them as one vector. The oldest torch has no function for it."""
+    norm: Tensor = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    return norm
 
 
 def run_python(script: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:

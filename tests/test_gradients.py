@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, total_norm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -255,7 +255,7 @@ def test_clipping_takes_the_optimizers_parameters_and_no_others() -> None:
     trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[ClipGradients(norm=0.01)])
     for parameter in model[1].parameters():
         parameter.grad = torch.full_like(parameter, 1e6)
-    trainer.subscribe(GradientsReady, lambda event: norms.append(nn.utils.get_total_norm(grads()).item()))
+    trainer.subscribe(GradientsReady, lambda event: norms.append(total_norm(grads()).item()))
     norms: list[float] = []
 
     def grads() -> list[Tensor]:

@@ -201,6 +201,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path, caplog: pytest.
     assert "Pass more epochs or steps to go on" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:No (positive|negative) samples in targets")  # epoch 2 is one batch
 def test_a_run_that_stopped_early_stays_stopped_unless_more_is_asked(tmp_path: Path) -> None:
     stopping = build(tmp_path, "plain", None)
     stopping.subscribe(EpochStart, lambda event: event.engine.stop("enough") if event.engine.epoch == 2 else None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, total_norm
 from torch import Tensor, nn
 
 from camshaft.callbacks import (
@@ -280,9 +280,7 @@ def test_a_handler_can_record_at_each_update_also_at_the_last_short_one() -> Non
     """The gradient norm of each of the two windows of an epoch is averaged into train_grad_norm."""
 
     def log_norm(event: GradientsReady) -> None:
-        norm = nn.utils.get_total_norm(
-            [p.grad for _, p in event.engine.parts.named_parameters() if p.grad is not None]
-        )
+        norm = total_norm([p.grad for _, p in event.engine.parts.named_parameters() if p.grad is not None])
         norms.append(norm.item())
         event.engine.record(grad_norm=norm, weight=1)
 
