@@ -13,8 +13,9 @@ demo: $(READY)  ## train the digits recipe and say where its run directory is
 test: $(READY)  ## the tests, without those marked slow or gpu
 	$(RUN)/pytest -n 2 -m "not slow and not gpu"
 
-test-all: $(READY)  ## every test that this machine can run
+test-all: $(READY)  ## every test that this machine can run, then those of `test` on each Python and torch of tox.ini
 	$(RUN)/pytest -n 2
+	$(RUN)/tox
 
 check: $(READY) $(TYPED)  ## format, lint, types
 	$(RUN)/ruff format --check .
