@@ -1,4 +1,4 @@
-"""Handlers: each is one file, and composes with the others through `camshaft.engine` alone."""
+"""Handlers: each is one file, and works with the others only through `camshaft.engine`."""
 
 from .best_checkpoint import BestCheckpoint
 from .compile import Compile

@@ -26,7 +26,7 @@ class Compile(Callback):
         options: what ``torch.compile`` takes: ``mode``, ``dynamic``, ``fullgraph``, ``backend`` or ``options``.
 
     Raises:
-        ConfigurationError: at attachment, for a part that is no module or is wrapped by ``torch.compile``; before the
+        ConfigurationError: at attachment, for a part that is not a module or is wrapped by ``torch.compile``; before the
             first step, where the device has no compiler.
     """
 
@@ -79,7 +79,7 @@ def _compile_in_place(module: nn.Module, options: dict[str, Any]) -> None:
     """Compile a module with ``module.compile()``, and one of torch's own in a way that holds for every torch.
 
     Torch before 2.14 compiles torch's own code only where other code calls it: it left an ``nn.Sequential`` as it was,
-    without a word (https://github.com/pytorch/pytorch/issues/150915). Here a function of ours calls it.
+    silently (https://github.com/pytorch/pytorch/issues/150915). Here a function of ours calls it.
     """
     module.compile(**options)
     forward = module.forward

@@ -17,7 +17,7 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: the value to watch, such as ``"val_acc"``.
-        mode: "max" or "min"; may be left out where the metric says itself which is better.
+        mode: "max" or "min"; may be left out if the metric itself says which is better.
         patience: checks without improvement before the run stops; at least 1.
         min_delta: how much a value must gain to count as an improvement, in the value's own unit.
         on_nan: "count" takes NaN as no improvement, "stop" ends the run at the first.

@@ -56,10 +56,10 @@ class Ignite(Callback):
     have no loop of their own: their events fire and their states change as this engine trains and validates.
     ``state.output`` is an `Output` on a `Trainer`, and on another engine what the step measured or else returned;
     ``state.metrics`` holds this engine's values, such as ``val_acc``, beside those that ignite's metrics put there.
-    Gradients are gone when a step ends: to read them, attach to the event ``"gradients_ready"`` of ``train``.
+    Gradients are cleared before a step ends: to read them, attach to the event ``"gradients_ready"`` of ``train``.
 
     A handler that calls ``train.terminate()`` stops the run after the present step. After ``val.terminate()``
-    ignite's handlers hear nothing more of the present validation, which itself goes on.
+    ignite's handlers hear nothing more of the present validation, which itself continues.
 
     Attributes:
         train: an ``ignite.engine.Engine`` that follows the training.
@@ -82,7 +82,7 @@ class Ignite(Callback):
 
     def __init__(self) -> None:
         self._train = _Follower(_stop_run)
-        self._val = _Follower(lambda engine: True)  # a validation cannot be cut short, but no longer heard
+        self._val = _Follower(lambda engine: True)  # the validation continues, but its handlers hear no more of it
         self._events = self._train.events
         self.train: IgniteEngine = self._train.engine
         self.val: IgniteEngine = self._val.engine
@@ -167,7 +167,7 @@ class Ignite(Callback):
         self._train.end_epoch(event.engine, event.metrics)
 
     def on_run_failed(self, event: RunFailed) -> None:
-        """Fire EXCEPTION_RAISED, on ``val`` too if it was at work; the error goes on whatever handlers do."""
+        """Fire EXCEPTION_RAISED, on ``val`` too during a validation; the error reaches the caller whatever handlers do."""
         self._val.fail(event.error)
         self._train.fail(event.error)
 
@@ -217,7 +217,7 @@ class _Follower:
         self.events = Events
         self._end = end
         self._started = False  # COMPLETED is still to come
-        self.listening = False  # other events are, too; the state stands still when none are
+        self.listening = False  # whether other events are still to come; if not, the state no longer changes
         self._start_time = self._epoch_start_time = 0.0
 
     def metrics(self) -> list[Any]:

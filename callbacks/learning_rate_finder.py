@@ -36,7 +36,7 @@ class LearningRateFinder:
     The trainer's model, optimizer, counters and random numbers are left as they are.
 
     Args:
-        min_lr, max_lr: the range, walked through in equal factors.
+        min_lr, max_lr: the range; each step multiplies the rate by the same factor.
         num_steps: how many steps to take at most; the walk ends when the loss is four times its best.
         smoothing: share of the running mean in the smoothed loss, in [0, 1).
 
@@ -66,7 +66,7 @@ class LearningRateFinder:
         self.suggestion = math.nan
 
     def run(self, trainer: Engine, train: Data) -> float:
-        """Walk through the range on ``train`` and return the suggestion.
+        """Try the range on ``train`` and return the suggestion.
 
         Raises:
             DataError: if the loss never fell.

@@ -13,18 +13,18 @@ from camshaft.engine import Callback, Engine, as_metrics
 class Metrics(Callback):
     """Computes metrics over each stage from what the step gives to ``engine.measure(output, target)``.
 
-    `Trainer` calls that itself; there, ``Trainer(metrics=...)`` says the same. Each stage works on its own copy,
+    `Trainer` calls that itself, and ``Trainer(metrics=...)`` does the same as this callback. Each stage works on its own copy,
     updated with each batch and computed once at the stage's end.
 
     Args:
         metrics: ``{"acc": metric}``; a torchmetrics metric, an ignite metric, or a function
-            ``(output, target) -> mean over the batch``, which is weighted by the number of samples. Several names, as
-            a tuple, take these of a metric that computes several values:
+            ``(output, target) -> mean over the batch``, which is weighted by the number of samples. A tuple of names
+            selects those values from a metric that returns a dict:
             ``{("map", "map_50"): MeanAveragePrecision()}``.
         train: measure in training, too; False leaves a costly metric to validations and ``evaluate``.
 
     Raises:
-        ConfigurationError: if a value is no metric, or a name is taken.
+        ConfigurationError: if a value is not a metric, or a name is taken.
 
     >>> import torch
     >>> def accuracy(output, target):

@@ -23,10 +23,10 @@ logger = logging.getLogger("camshaft")
 
 
 class MicroBatch(Callback):
-    """Halves a batch that runs out of memory and goes on, with the gradients and averages of the whole batch.
+    """Halves a batch that runs out of memory and tries again, with the gradients and averages of the whole batch.
 
     The batch is trained in parts, each of which counts by its samples, and updated once. From then on every batch
-    comes in as many parts. Batch normalisation sees the parts, not the whole; dropout draws anew.
+    comes in as many parts. Batch normalisation sees the parts, not the whole batch; dropout draws other numbers.
 
     Args:
         num_parts: how many parts to begin with.

@@ -14,8 +14,8 @@ Mode = Literal["min", "max"]
 class Monitor:
     """Watches ``monitor`` for ``owner``; reads ``val_*`` when a validation ends and ``train_*`` when an epoch ends.
 
-    The direction is stated, or taken from what the metric says of itself, or known because the value is a
-    trainer's loss. It is never guessed from a name.
+    Which direction is better is given as ``mode``, or by the metric itself, or known because the value is a trainer's
+    loss. It is never guessed from a name.
     """
 
     def __init__(self, owner: str, monitor: str, mode: Mode | None) -> None:
@@ -57,7 +57,7 @@ class Monitor:
         """Return the watched value.
 
         Raises:
-            ConfigurationError: if there is none of that name, or it is not a single number.
+            ConfigurationError: if no value has that name, or it is not a single number.
         """
         if self.name not in metrics:
             raise self._missing(list(metrics))

@@ -14,7 +14,7 @@ Precision = Literal["fp16", "bf16"]
 class MixedPrecision(Callback):
     """Runs model and loss under autocast; fp16 with a gradient scaler.
 
-    A step of your own says where: ``with engine.scope("forward"):``. Weights and optimizer stay in float32. bf16 needs
+    In a step of your own, put model and loss under ``with engine.scope("forward"):``. Weights and optimizer stay in float32. bf16 needs
     no scaler and works on the CPU, too. With fp16, each update waits for the device: torch's scaler has to know
     whether there was an overflow.
 
@@ -62,7 +62,7 @@ class MixedPrecision(Callback):
         self._device_type = None
 
     def _check_first_step(self, event: StepEnd) -> None:
-        """Refuse a step that does not enter the scope; looked at once."""
+        """Refuse a step that does not enter the scope; checked once."""
         self._first_step.cancel()
         if not self._entered:
             raise ConfigurationError(

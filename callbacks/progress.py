@@ -53,7 +53,7 @@ class ProgressBar(Callback):
         return self._file or sys.stderr
 
     def attach(self, engine: Engine) -> None:
-        """Subscribe; steps are looked at by the clock."""
+        """Subscribe; bars are painted at most so often."""
         super().attach(engine)
         draws = in_notebook() or self.file.isatty()
         if draws:
@@ -75,7 +75,7 @@ class ProgressBar(Callback):
         self._write(f"{epoch_line(event)}  {time.monotonic() - self._began:.1f}s")
 
     def on_fit_end(self, event: FitEnd) -> None:
-        """Leave no bar behind, however the run ended, and say why it did."""
+        """Close every bar, however the run ended, and print why it did."""
         self._close_all()
         self._write(event.reason)
 
@@ -115,7 +115,7 @@ class ProgressBar(Callback):
     def _new_bar(self, title: str, total: int | None) -> Any:
         self._painted = time.monotonic()
         tqdm = importlib.import_module("tqdm.notebook" if in_notebook() else "tqdm").tqdm
-        # The values stand before the times, which are what a narrow terminal may lose.
+        # The values come before the times, because a narrow terminal cuts off the end of the line.
         shape = None if total is None else "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
         return tqdm(
             desc=title,

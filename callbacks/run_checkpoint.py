@@ -36,8 +36,9 @@ class RunCheckpoint(Callback):
     """Saves everything that decides the rest of the run, for ``fit(..., resume="auto")``.
 
     It saves when a step or an epoch has settled, at the end of the run, and when a signal interrupts it. A file is
-    whole and on the disk before it gets its name and before an older one goes; its name holds its digest. A failed
-    save warns, training goes on, and the next due point tries again; three in a row, or the last one of a run, raise.
+    complete and on the disk before it gets its name and before an older one is removed; its name holds its digest. A
+    failed save warns, training continues, and the next save that is due tries again; the third failure in a row, or the
+    failure of the last save of a run, raises.
 
     Args:
         directory: where to write; it belongs to one run.
@@ -45,7 +46,7 @@ class RunCheckpoint(Callback):
         keep: how many of the newest to keep; at least 1.
         keep_every: keep every n-th for ever, too.
         background: copy the state on the training thread and write it on another; one write at a time.
-        on_error: "warn" as told above, or "raise" at the first failure.
+        on_error: "warn" as described above, or "raise" at the first failure.
 
     Raises:
         ConfigurationError: for settings that cannot work; before the first step if the directory cannot be written,
@@ -183,7 +184,7 @@ class _Writer:
         self._thread.start()
 
     def wait(self) -> OSError | None:
-        """Wait for the write under way, and return what went wrong with it."""
+        """Wait for the present write, and return the error that it raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

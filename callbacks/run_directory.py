@@ -53,7 +53,7 @@ class RunDirectory(Callback):
     unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
 
     Args:
-        root: where the run directories lie; made if need be.
+        root: the directory of the run directories; made if it does not exist.
         settings: what the run was started with: a dict, an ``argparse.Namespace`` or a dataclass.
         terminal: show the log on the terminal.
 
@@ -175,13 +175,13 @@ class RunDirectory(Callback):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose failure is said once, and costs nothing else."""
+    """A log file that reports its first failure and is otherwise silent about failures."""
 
-    said = False
+    reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        if not self.said:
-            self.said = True
+        if not self.reported:
+            self.reported = True
             print(f"{self.baseFilename} could not be written: {sys.exc_info()[1]}.", file=sys.stderr)
 
     def close(self) -> None:

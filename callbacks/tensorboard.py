@@ -19,8 +19,8 @@ logger = logging.getLogger("camshaft")
 class TensorBoard(Callback):
     """Writes each epoch's ``train_*`` values and each validation's ``val_*`` values, over steps, as tensorboardX does.
 
-    Where validations stand in mid-epoch, the training values are those of the steps between them; what an epoch has
-    behind its last validation is in the history alone.
+    If validations are made in mid-epoch, the training values are those of the steps between them; those of the steps
+    after the last validation of an epoch are only in the history.
 
     A failure to write warns once and ends the writing, not the training.
 
@@ -47,8 +47,8 @@ class TensorBoard(Callback):
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Write the training values that no validation has written; those of a validation are written when it ends."""
         engine = event.engine
-        told = {name for row in engine.history.validations[-1:] if row["epoch"] == engine.epoch for name in row}
-        train = {n: value for n, value in event.metrics.items() if n.startswith("train_") and n not in told}
+        written = {name for row in engine.history.validations[-1:] if row["epoch"] == engine.epoch for name in row}
+        train = {n: value for n, value in event.metrics.items() if n.startswith("train_") and n not in written}
         self._add(train, engine.step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
@@ -77,7 +77,7 @@ class TensorBoard(Callback):
     def _open(self, engine: Engine) -> Iterator[None]:
         directory = directory_for("TensorBoard", self._wanted_directory, engine.directory, within="tensorboard")
         name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{engine.num_fits}"
-        with open(directory / name, "ab", buffering=0) as file:  # each record is there at once
+        with open(directory / name, "ab", buffering=0) as file:  # each record can be read at once
             self._file = cast("BinaryIO", file)
             self._write(self._file, file_version="brain.Event:2")
             try:

@@ -37,7 +37,7 @@ class WeightAverage(Callback):
     """Keeps an average of the weights, and evaluates with it, over ``torch.optim.swa_utils``.
 
     Validations, ``evaluate`` and ``predict`` use the average once it has been updated, and the raw weights before;
-    training always goes on with the raw ones. A `BestCheckpoint` therefore holds the weights that were measured. The
+    training always continues with the raw ones. A `BestCheckpoint` therefore holds the weights that were measured. The
     average is the part ``weight_average`` of the run.
 
     Args:
@@ -46,7 +46,7 @@ class WeightAverage(Callback):
         every: updates of the model between two contributions.
         start: the update of the model after which contributions begin.
         buffers: average buffers, too; batch-norm statistics then belong to the averaged weights roughly.
-        batch_norm_data: batches with which batch-norm statistics are computed anew for the average when the run
+        batch_norm_data: batches with which batch-norm statistics are computed again for the average when the run
             ends: exact, where ``buffers`` is rough.
         load_at_end: put the average into the model when the run ends.
 
@@ -175,7 +175,7 @@ def _on_floats(rule: Rule) -> Rule:
 
 
 def _compute_statistics(engine: Engine, module: nn.Module, data: Data) -> None:
-    """Compute batch-norm statistics anew, as torch's update_bn does, for models of any number of inputs."""
+    """Compute batch-norm statistics again, as torch's update_bn does, for models of any number of inputs."""
     norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     training = module.training
