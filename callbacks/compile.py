@@ -26,8 +26,8 @@ class Compile(Callback):
         options: what ``torch.compile`` takes: ``mode``, ``dynamic``, ``fullgraph``, ``backend`` or ``options``.
 
     Raises:
-        ConfigurationError: at attachment, for a part that is not a module or is wrapped by ``torch.compile``; before the
-            first step, where the device has no compiler.
+        ConfigurationError: at attachment, for a part that is not a module or is wrapped by ``torch.compile``;
+            before the first step, where the device has no compiler.
     """
 
     def __init__(self, *parts: str, **options: Any) -> None:

@@ -37,8 +37,8 @@ class RunCheckpoint(Callback):
 
     It saves when a step or an epoch has settled, at the end of the run, and when a signal interrupts it. A file is
     complete and on the disk before it gets its name and before an older one is removed; its name holds its digest. A
-    failed save warns, training continues, and the next save that is due tries again; the third failure in a row, or the
-    failure of the last save of a run, raises.
+    failed save warns, training continues, and the next save that is due tries again; the third failure in a row, or
+    the failure of the last save of a run, raises.
 
     Args:
         directory: where to write; it belongs to one run.
