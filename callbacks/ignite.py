@@ -167,7 +167,7 @@ class Ignite(Callback):
         self._train.end_epoch(event.engine, event.metrics)
 
     def on_run_failed(self, event: RunFailed) -> None:
-        """Fire EXCEPTION_RAISED, on ``val`` too during a validation; handlers cannot keep the error from the caller."""
+        """Fire EXCEPTION_RAISED, on ``val`` too during a validation; the error still reaches the caller."""
         self._val.fail(event.error)
         self._train.fail(event.error)
 

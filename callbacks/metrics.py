@@ -13,8 +13,8 @@ from camshaft.engine import Callback, Engine, as_metrics
 class Metrics(Callback):
     """Computes metrics over each stage from what the step gives to ``engine.measure(output, target)``.
 
-    `Trainer` calls that itself, and ``Trainer(metrics=...)`` does the same as this callback. Each stage has its own copy,
-    which is updated with each batch and computed once, at the end of the stage.
+    `Trainer` calls that itself, and ``Trainer(metrics=...)`` does the same as this callback. Each stage has its own
+    copy, which is updated with each batch and computed once, at the end of the stage.
 
     Args:
         metrics: ``{"acc": metric}``; a torchmetrics metric, an ignite metric, or a function

@@ -15,8 +15,8 @@ class MixedPrecision(Callback):
     """Runs model and loss under autocast; fp16 with a gradient scaler.
 
     In a step of your own, put model and loss under ``with engine.scope("forward"):``. Weights and optimizer stay in
-    float32. bf16 needs no scaler and works on the CPU, too. With fp16, each update waits for the device, because torch's
-    scaler has to know whether there was an overflow.
+    float32. bf16 needs no scaler and works on the CPU, too. With fp16, each update waits for the device, because
+    torch's scaler has to know whether there was an overflow.
 
     Args:
         precision: "fp16" (CUDA only) or "bf16".
