@@ -17,8 +17,9 @@ from .regularization import FreezeUntil, Penalty
 from .report import Report
 from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
-from .schedule import Schedule, warmup_cosine
+from .schedule import Schedule
 from .tensorboard import TensorBoard
+from .warmup import warmup_cosine
 from .weight_average import WeightAverage
 
 __all__ = [

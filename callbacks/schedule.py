@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from camshaft.engine import (
     Callback,
@@ -20,13 +18,10 @@ from camshaft.engine import (
     StepEnd,
     Subscription,
     UpdateEnd,
-    can_take,
-    did_you_mean,
-    is_number,
-    whole_number,
 )
 
 from .monitor import Monitor
+from .schedule_kinds import kind_of
 
 logger = logging.getLogger("camshaft")
 
@@ -55,6 +50,7 @@ class Schedule(Callback):
     On resume the schedule is where it was. If the run now goes further, a `LambdaLR`, such as `warmup_cosine`'s, has
     the new length; others that were made for a total cannot be stretched, and are refused.
 
+    >>> import torch
     >>> model = torch.nn.Linear(1, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     >>> Schedule(torch.optim.lr_scheduler.StepLR(optimizer, 10), per="update")
@@ -71,44 +67,45 @@ class Schedule(Callback):
         monitor: str | None = None,
         optimizer: str = "optimizer",
     ) -> None:
-        if isinstance(scheduler, type) or not (isinstance(scheduler, LRScheduler) or callable(scheduler)):
-            raise ConfigurationError(
-                f"Schedule got {scheduler!r}, which is no scheduler. "
-                "Pass StepLR(optimizer, 10), or a function: lambda optimizer: StepLR(optimizer, 10)."
-            )
+        self._kind = kind_of(scheduler)
         if per not in ("update", "step", "epoch"):
             raise ConfigurationError(f'Schedule has per={per!r}. Write "update", "step" or "epoch".')
-        self._given: Any = scheduler
         self.per = per
         self.monitor = monitor
         self.needs_update = per == "update" and monitor is None
         self.optimizer = optimizer
         self.scheduler = scheduler if isinstance(scheduler, LRScheduler) else None
-        self._takes_total = not isinstance(scheduler, LRScheduler) and _takes_total(scheduler)
-        self._total = 0
+        self._total = 0  # what the scheduler of this run was made for, if it was made for a total
         self._has_stepped = False
         self._updates = [0, 0]  # made and skipped, at the end of the last epoch
         self._first_epoch: Subscription[EpochEnd] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Hear updates, steps, epochs or the monitored value."""
-        self._find_optimizer(engine)
-        if self.scheduler is None and not self._takes_total:
-            self.scheduler = self._made(engine)
-        if self.scheduler is not None:
-            self._check_monitor(self.scheduler)
-        if self._part in engine.parts and (self._takes_total or engine.parts[self._part] is not self.scheduler):
-            raise ConfigurationError(
-                f"Schedule is to become the part {self._part}, which the engine has already. "
-                "Attach one for each optimizer; torch's ChainedScheduler joins several."
-            )
+        optimizers = engine.parts.optimizers()
+        if not optimizers:
+            raise ConfigurationError("Schedule needs the optimizer. Write Engine(step, optimizer=optimizer, ...).")
+        name, scheduler = self._kind.at_attachment(self.optimizer, optimizers)
+        self._check_monitor(scheduler)
+        _check_part(engine, _part_for(name), scheduler)
         super().attach(engine)
-        engine.parts[self._part] = self.scheduler
-        if self._takes_total:
-            engine.subscribe(FitStart, self._make_for_run)
-        if self.monitor is not None and isinstance(self.scheduler, ReduceLROnPlateau):
-            watched = Monitor("Schedule", self.monitor, self.scheduler.mode)
-            watched.attach(engine, lambda engine, value: self.scheduler.step(value))  # type: ignore[union-attr, arg-type]  # plateau
+        self.optimizer, self.scheduler = name, scheduler
+        engine.parts[_part_for(name)] = scheduler
+        engine.subscribe(FitStart, self._begin_run)
+        self._hear_when_to_step(engine)
+
+    def _check_monitor(self, scheduler: LRScheduler | None) -> None:
+        if scheduler is not None and isinstance(scheduler, ReduceLROnPlateau) != (self.monitor is not None):
+            raise ConfigurationError(
+                f"Schedule has {type(scheduler).__name__} and monitor={self.monitor!r}. "
+                'ReduceLROnPlateau needs one, such as monitor="val_loss"; no other scheduler takes one.'
+            )
+
+    def _hear_when_to_step(self, engine: Engine) -> None:
+        plateau = self.scheduler
+        if self.monitor is not None and isinstance(plateau, ReduceLROnPlateau):
+            watched = Monitor("Schedule", self.monitor, plateau.mode)
+            watched.attach(engine, lambda engine, value: plateau.step(value))
         elif self.per == "epoch":
             engine.subscribe(EpochEnd, self._step_after_epoch)
         elif self.per == "step":
@@ -117,65 +114,13 @@ class Schedule(Callback):
             engine.subscribe(UpdateEnd, self._step_after_update)
             self._first_epoch = engine.subscribe(EpochEnd, self._check_first_epoch)
 
-    @property
-    def _part(self) -> str:
-        return "scheduler" if self.optimizer == "optimizer" else f"{self.optimizer}_scheduler"
-
-    def _find_optimizer(self, engine: Engine) -> None:
-        optimizers = engine.parts.optimizers()
-        if not optimizers:
-            raise ConfigurationError("Schedule needs the optimizer. Write Engine(step, optimizer=optimizer, ...).")
-        if self.scheduler is not None:
-            self.optimizer = next((n for n, part in optimizers.items() if part is self.scheduler.optimizer), "")
-            if not self.optimizer:
-                raise ConfigurationError(OTHER_OPTIMIZER)
-        elif self.optimizer not in optimizers:
-            raise ConfigurationError(
-                f'Schedule is for "{self.optimizer}", but the optimizers are: {", ".join(optimizers)}. '
-                f'{did_you_mean(self.optimizer, optimizers)}Write Schedule(..., optimizer="{next(iter(optimizers))}").'
-            )
-
-    def _made(self, engine: Engine, *total: int) -> LRScheduler:
-        """Return what the function makes of the optimizer."""
-        made = self._given(engine.parts[self.optimizer], *total)
-        if not isinstance(made, LRScheduler):
-            raise ConfigurationError(
-                f"Schedule's function returned {made!r}, which is no scheduler. "
-                "Return one: lambda optimizer: StepLR(optimizer, 10)."
-            )
-        if made.optimizer is not engine.parts[self.optimizer]:
-            raise ConfigurationError(OTHER_OPTIMIZER)
-        return made
-
-    def _check_monitor(self, scheduler: LRScheduler) -> None:
-        if isinstance(scheduler, ReduceLROnPlateau) and self._takes_total:
-            raise ConfigurationError(
-                "ReduceLROnPlateau has no use for a total. Pass a function of the optimizer alone, and a monitor."
-            )
-        if isinstance(scheduler, ReduceLROnPlateau) != (self.monitor is not None):
-            raise ConfigurationError(
-                f"Schedule has {type(scheduler).__name__} and monitor={self.monitor!r}. "
-                'ReduceLROnPlateau needs one, such as monitor="val_loss"; no other scheduler takes one.'
-            )
-
-    def _make_for_run(self, event: FitStart) -> None:
-        engine = event.engine
-        total = engine.update.num_planned(engine.run) if self.per == "update" else engine.run.num_planned(self.per)
-        if total is None:
-            why = "its data, or the windows of Accumulate, have no set length"
-            if engine.run.has_validation is None:
-                why = "a loop of your own shows its data only later"
-            raise ConfigurationError(
-                f"Schedule cannot know how many {self.per}s this run is to make: {why}. "
-                "State it: lambda optimizer: warmup_cosine(optimizer, total=10_000)."
-            )
-        if self.scheduler is not None:  # of an earlier fit, which has left the rates where it ended
-            for group, last in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-                begin = "initial_lr" if group["lr"] == last else "lr"  # or one was set by hand since
-                group["lr"] = group["initial_lr"] = group[begin]
-        self._total, self._has_stepped = max(total, 1), False
-        self.scheduler = engine.parts[self._part] = self._made(engine, self._total)
-        self._check_monitor(self.scheduler)
+    def _begin_run(self, event: FitStart) -> None:
+        made = self._kind.for_run(event.engine, self.optimizer, self.per, self.scheduler)
+        if made is not None:
+            self.scheduler, self._total = made
+            self._has_stepped = False
+            self._check_monitor(self.scheduler)
+            event.engine.parts[_part_for(self.optimizer)] = self.scheduler
 
     def _step_after_update(self, event: UpdateEnd) -> None:
         if self.scheduler is not None and event.optimizer is self.scheduler.optimizer:
@@ -211,7 +156,7 @@ class Schedule(Callback):
                 f'Write engine.update(loss, optimizer="{self.optimizer}").'
             )
         expected = -(-engine.epoch_step // engine.update.window_size.batches)
-        if self._takes_total and made != expected:
+        if self._total and made != expected:
             logger.warning(
                 'Schedule counts on %d updates of "%s" in an epoch of %d steps, and there were %d, so it will not end '
                 'with the run. Write per="step", which counts steps.',
@@ -234,85 +179,22 @@ class Schedule(Callback):
         """
         self._stop_checking()  # of this epoch, only a part will be seen
         self._updates = list(state["updates"])
-        if not self._takes_total or self._total == state["total"]:
-            return
-        scheduler = self.scheduler
-        if not isinstance(scheduler, LambdaLR):
-            raise ConfigurationError(
-                f"{type(scheduler).__name__} was made for a total of {state['total']} {self.per}s, and this run is to "
-                f"make {self._total}. Ask for as many as before, or use a LambdaLR, such as warmup_cosine."
-            )
-        for group, base, factor in zip(
-            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(scheduler.last_epoch)
+        self._kind.on_resume(self.scheduler, state["total"], self._total, self.per)
 
     def __repr__(self) -> str:
         name = "function" if self.scheduler is None else type(self.scheduler).__name__
         return f"Schedule({name}, per={self.per!r})"
 
 
-OTHER_OPTIMIZER = "Schedule's scheduler is over another optimizer than the run's. Build it over the same one."
+def _part_for(optimizer: str) -> str:
+    """Return the name of the part that the scheduler of this optimizer becomes."""
+    return "scheduler" if optimizer == "optimizer" else f"{optimizer}_scheduler"
 
 
-def _takes_total(make: Callable[..., LRScheduler]) -> bool:
-    if can_take(make, 1):
-        return False
-    if can_take(make, 2):
-        return True
-    raise ConfigurationError(
-        f"Schedule's function {getattr(make, '__name__', make)!r} takes neither (optimizer) nor (optimizer, total). "
-        "Write lambda optimizer: StepLR(optimizer, 10)."
-    )
-
-
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer,
-    total: int,
-    *,
-    warmup: float = 0.1,
-    start_factor: float = 0.01,
-    min_lr: float = 0.0,
-) -> LambdaLR:
-    """Return a scheduler: a linear warm-up, then a cosine down to ``min_lr``, which stays.
-
-    ``Schedule(warmup_cosine, per="update")`` spans the whole run; `functools.partial` sets more.
-
-    Args:
-        optimizer: whose learning rates are reached at the end of the warm-up.
-        total: how many updates (or epochs) in all; more than the warm-up.
-        warmup: how many of them the warm-up takes, or, below 1, which share of them.
-        start_factor: share of the learning rate to begin with, above 0.
-        min_lr: learning rate at the end.
-
-    Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017, equation 5.
-
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    >>> schedule = Schedule(warmup_cosine(optimizer, total=100, warmup=10), per="update")
-    """
-    if not (is_number(warmup) and warmup >= 0 and (warmup < 1 or warmup == int(warmup))):
-        raise ConfigurationError(f"warmup is {warmup!r}. Pass a whole number, or a share of at least 0 and below 1.")
-    whole_number("total", total, least=1)
-    rise = min(round(warmup * total), total - 1) if warmup < 1 else int(warmup)
-    if rise >= total:
+def _check_part(engine: Engine, part: str, scheduler: LRScheduler | None) -> None:
+    """Refuse a second schedule of one optimizer; the scheduler itself may be a part already."""
+    if part in engine.parts and (scheduler is None or engine.parts[part] is not scheduler):
         raise ConfigurationError(
-            f"warmup={warmup} leaves nothing of total={total}. Pass a larger total, or a smaller warmup."
+            f"Schedule is to become the part {part}, which the engine has already. "
+            "Attach one for each optimizer; torch's ChainedScheduler joins several."
         )
-    if not (is_number(min_lr) and min_lr >= 0):
-        raise ConfigurationError(f"min_lr is {min_lr!r}. Pass a number of at least 0.")
-    if not (is_number(start_factor) and 0 < start_factor <= 1):
-        raise ConfigurationError(f"start_factor is {start_factor!r}. Pass a share above 0 and up to 1.")
-
-    def factor(count: int, least: float) -> float:
-        if count < rise:
-            return start_factor + (1 - start_factor) * count / rise
-        done = min((count - rise) / (total - rise), 1.0)
-        return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
-
-    def of_group(base: float) -> Callable[[int], float]:
-        least = min_lr / base if base else 0.0  # LambdaLR takes shares of each group's own rate
-        return lambda count: factor(count, least)
-
-    return LambdaLR(
-        optimizer, [of_group(float(group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups]
-    )
