@@ -19,6 +19,7 @@ from camshaft.engine import (
     FitEnd,
     FitStart,
     ensure_writable,
+    is_plain_name,
     load_weights,
     save_together,
     unwrap,
@@ -49,7 +50,8 @@ class BestCheckpoint(Callback):
     names that tell value, epoch and step.
 
     A new file is whole and on the disk before an old one goes; a failed write warns, and training goes on with
-    the old file. Of two equal values the earlier is better. NaN is never best.
+    the old file. Of two equal values the earlier is better. NaN is never best. A resumed run goes on with what is
+    kept; it warns and begins anew if the best weights are not in its directory.
 
     Args:
         monitor: the value to watch, such as ``"val_acc"``.
@@ -77,7 +79,7 @@ class BestCheckpoint(Callback):
         self.top_k = whole_number("BestCheckpoint's top_k", top_k, least=1)
         self.restore = restore
         self._wanted_directory = None if directory is None else Path(directory)
-        self.directory: Path | None = None
+        self.directory: Path | None = self._wanted_directory
         self.kept: list[Kept] = []  # best first
         self._in_memory: dict[str, Any] | None = None
 
@@ -89,7 +91,7 @@ class BestCheckpoint(Callback):
     @property
     def path(self) -> Path | None:
         """The file of the best weights, or None where there is none."""
-        return self.directory / "best.pt" if self.directory and self.kept else None
+        return self.directory / "best.pt" if self.directory and self.kept and self._in_memory is None else None
 
     def attach(self, engine: Engine) -> None:
         """Watch the value."""
@@ -158,7 +160,8 @@ class BestCheckpoint(Callback):
         place = worse[0] if worse else len(self.kept)
         if value != value or place >= self.top_k:
             return
-        name = f"{self.monitor.name}={value:.6g}-epoch={engine.epoch}-step={engine.step}.pt"
+        metric = self.monitor.name.replace("/", "_").replace("\\", "_")  # "val_loss/box" is no name of a file
+        name = f"{metric}={value:.6g}-epoch={engine.epoch}-step={engine.step}.pt"
         kept = Kept(value, engine.epoch, engine.step, name)
         if self.directory is None:
             if place == 0:
@@ -175,6 +178,13 @@ class BestCheckpoint(Callback):
             files[directory / "best.pt"] = weights
             if isinstance(optimizer := engine.parts.get("optimizer"), torch.optim.Optimizer):
                 files[directory / "best.optimizer.pt"] = optimizer.state_dict()
+        if not self._save(directory, files):
+            return False
+        if is_best:
+            self._in_memory = None
+        return True
+
+    def _save(self, directory: Path, files: dict[Path, Any]) -> bool:
         try:
             save_together(files)
         except OSError as error:
@@ -194,9 +204,39 @@ class BestCheckpoint(Callback):
         return {"kept": [asdict(kept) for kept in self.kept], "in_memory": self._in_memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        self.kept = [Kept(**kept) for kept in state["kept"]]
-        self._in_memory = state["in_memory"]
+        """Take back what `state_dict` returned; where the best weights are gone, begin anew.
+
+        Raises:
+            CheckpointError: if a name in it is not one of a file in the directory; nothing was taken over.
+        """
+        kept = [Kept(**one) for one in state["kept"]]
+        for one in kept:
+            _check_name(one.file)
+        self.kept, self._in_memory = kept, state["in_memory"]
+        self._write_from_memory()
+        if kept and not self._has_weights():
+            logger.warning("The best weights of the resumed run are not in %s. BestCheckpoint begins anew.",
+                           self.directory or "its checkpoint")  # fmt: skip
+            self.kept = []
+
+    def _write_from_memory(self) -> None:
+        """Write the best weights of a run that had no directory where this one has."""
+        if self.directory is None or self._in_memory is None:
+            return
+        if self._save(self.directory, {self.directory / "best.pt": self._in_memory}):
+            self._in_memory = None
+
+    def _has_weights(self) -> bool:
+        return self._in_memory is not None or (self.path is not None and self.path.is_file())
 
     def __repr__(self) -> str:
         return f"BestCheckpoint({self.monitor.name!r}, mode={self.monitor.mode!r}, top_k={self.top_k})"
+
+
+def _check_name(file: object) -> None:
+    """Refuse a name that would lead out of the directory, because the file of that name may be removed."""
+    if not is_plain_name(file):
+        raise CheckpointError(
+            f"A best checkpoint is kept as {file!r}, which is not the name of a file in a directory. "
+            "Resume from another checkpoint."
+        )

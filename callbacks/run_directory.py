@@ -31,6 +31,7 @@ from camshaft.engine import (
     ValidationEnd,
     ensure_writable,
     format_values,
+    is_plain_name,
     values_of,
     write_durably,
 )
@@ -86,7 +87,7 @@ class RunDirectory(Callback):
     def before_resume(self, state: dict[str, Any]) -> None:
         """Go on in the directory of the run that is resumed, if it is still within ``root``."""
         name = state.get("name")
-        earlier = self.path.with_name(name) if isinstance(name, str) and _is_plain(name) else None
+        earlier = self.path.with_name(name) if is_plain_name(name) else None
         if earlier is None or not earlier.is_dir():
             logger.warning("The directory of the resumed run is not in %s. The run goes on in %s.",
                            self.path.parent, self.path)  # fmt: skip
@@ -240,11 +241,6 @@ def _make_directory(root: Path) -> Path:
             number += 1
         else:
             return path
-
-
-def _is_plain(name: str) -> bool:
-    """Return whether a name is one of a directory in its parent, and nothing that leads elsewhere."""
-    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _as_dict(settings: object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -136,3 +136,12 @@ def directory_for(owner: str, wanted: str | Path | None, run_directory: Path | N
     directory = Path(wanted) if wanted is not None else Path(str(run_directory), within)
     ensure_writable(directory, owner)
     return directory
+
+
+def is_plain_name(name: object) -> TypeGuard[str]:
+    """Return whether ``name`` is the name of something in a directory, and not a path that leads elsewhere.
+
+    >>> is_plain_name("best.pt"), is_plain_name("../best.pt"), is_plain_name("..")
+    (True, False, False)
+    """
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}

@@ -20,8 +20,18 @@ from helpers import class_batches, linear, make_trainer, run_python, run_script
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from camshaft.callbacks import BestCheckpoint, Placement, RunDirectory
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, EpochStart, StepEnd
+from camshaft.callbacks import BestCheckpoint, Placement, RunCheckpoint, RunDirectory
+from camshaft.engine import (
+    Callback,
+    CheckpointDirectory,
+    CheckpointError,
+    ConfigurationError,
+    Engine,
+    EpochEnd,
+    EpochStart,
+    StepEnd,
+)
+from camshaft.engine.checkpoint import load_verified
 
 NAN = math.nan
 
@@ -299,6 +309,141 @@ def test_an_engine_without_a_model_is_refused_when_attached() -> None:
         Engine(lambda engine, batch: None, callbacks=[BestCheckpoint("val_loss", "min")])
 
 
+# What a resumed run finds -----------------------------------------------------------------------------------
+
+
+def run_and_resume(checkpoints: Path, values: list[float], first: list[Callback], second: list[Callback]) -> Engine:
+    """Run all epochs but the last with ``first``, and the last, resumed, with ``second``."""
+    run_up_to(len(values) - 1, checkpoints, values, first)
+    return run_up_to(len(values), checkpoints, values, second)
+
+
+def run_up_to(epochs: int, checkpoints: Path, values: list[float], callbacks: list[Callback]) -> Engine:
+    """Resume from the newest checkpoint, if there is one; values and weights are those of `run_script`."""
+    model = nn.Linear(2, 1)
+
+    def step(engine: Engine, batch: Tensor) -> dict[str, float] | None:
+        if not engine.training:
+            return {"score": values[engine.epoch - 1]}
+        for parameter in model.parameters():
+            parameter.data.fill_(engine.epoch)
+        return None
+
+    engine = Engine(step, model=model, callbacks=[*callbacks, RunCheckpoint(checkpoints)])
+    engine.fit([torch.zeros(1)], [torch.zeros(1)], epochs=epochs, resume="auto")
+    return engine
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What BestCheckpoint has warned of."""
+    return [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING and "best" in one.msg]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_run_resumed_in_the_same_directory_ends_with_the_best_weights_of_both(
+    top_k: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best are of epoch 2, before the interruption; nothing is warned of."""
+    first, second = (BestCheckpoint("val_score", "max", tmp_path / "best", top_k=top_k, restore=True) for _ in "12")
+    engine = run_and_resume(tmp_path / "run", [1.0, 3.0, 2.0, 2.5], [first], [second])
+    assert engine.parts["model"].weight.unique().tolist() == [2.0]
+    assert [kept.epoch for kept in second.kept] == [2, 4][:top_k]
+    files = {kept.file for kept in second.kept} if top_k > 1 else set()
+    assert names(tmp_path / "best") == {"best.pt", *files}
+    assert warned(caplog) == []
+
+
+@pytest.mark.parametrize("values", [[1.0, 3.0, 2.0], [1.0, 3.0, NAN]], ids=["a worse value", "no value"])
+@pytest.mark.parametrize("before", ["another directory", "another root"])
+def test_a_run_resumed_without_the_best_file_says_so_and_begins_anew(
+    before: str, values: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best value after the resumption counts, though the earlier one was better, and the end does not raise."""
+    first = [BestCheckpoint("val_score", "max", tmp_path / "1" if before == "another directory" else None)]
+    directories = [RunDirectory(tmp_path / name, terminal=False) for name in ("old", "new")]
+    second = BestCheckpoint("val_score", "max", restore=True)
+    earlier = [directories[0]] if before == "another root" else []
+    engine = run_and_resume(tmp_path / "run", values, [*earlier, *first], [directories[1], second])
+    checkpoints = directories[1].path / "checkpoints"
+    assert warned(caplog) == [
+        f"The best weights of the resumed run are not in {checkpoints}. BestCheckpoint begins anew."
+    ]
+    assert engine.parts["model"].weight.unique().tolist() == [3.0]
+    assert [kept.epoch for kept in second.kept] == ([] if math.isnan(values[-1]) else [3])
+    assert names(checkpoints) == (set() if math.isnan(values[-1]) else {"best.pt"})
+
+
+def test_a_run_resumed_without_any_directory_cannot_restore_what_is_in_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint holds the best weights only of a run that kept them in memory."""
+    second = BestCheckpoint("val_score", "max", restore=True)
+    first = BestCheckpoint("val_score", "max", tmp_path / "best")
+    engine = run_and_resume(tmp_path / "run", [1.0, 3.0, 2.0], [first], [second])
+    assert warned(caplog) == [
+        "The best weights of the resumed run are not in its checkpoint. BestCheckpoint begins anew."
+    ]
+    assert engine.parts["model"].weight.unique().tolist() == [3.0]
+    assert [kept.epoch for kept in second.kept] == [3]
+
+
+@pytest.mark.parametrize(("last", "best_epoch"), [(2.0, 2), (4.0, 3)])
+def test_best_weights_that_were_kept_in_memory_are_written_where_the_resumed_run_has_a_directory(
+    last: float, best_epoch: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are in the checkpoint, so nothing is lost; a better value later takes their place."""
+    first, second = BestCheckpoint("val_score", "max"), BestCheckpoint("val_score", "max", tmp_path, restore=True)
+    engine = run_and_resume(tmp_path / "run", [1.0, 3.0, last], [first], [second])
+    assert epoch_of(tmp_path / "best.pt") == best_epoch
+    assert engine.parts["model"].weight.unique().tolist() == [best_epoch]
+    assert (second.path, warned(caplog)) == (tmp_path / "best.pt", [])
+
+
+@pytest.mark.parametrize("name", ["../x.pt", "/absolute", "", ".", "..", "a/b.pt", "a\\b.pt", "a\0b.pt", 3])
+def test_a_file_name_in_a_checkpoint_that_leads_elsewhere_is_refused(name: Any, tmp_path: Path) -> None:
+    """A forged checkpoint can neither read, rename nor remove a file outside: nothing of it is taken over."""
+    outside = tmp_path / "x.pt"
+    outside.write_text("somebody else's")
+    best = BestCheckpoint("val_score", "max", tmp_path / "best", top_k=1)
+    name = str(outside) if name == "/absolute" else name
+    kept = [{"value": value, "epoch": 1, "step": 1, "file": file} for value, file in ((2.0, "a.pt"), (1.0, name))]
+    with pytest.raises(CheckpointError, match=r"is not the name of a file in a directory\. Resume from another"):
+        best.load_state_dict({"kept": kept, "in_memory": None})
+    assert best.kept == []
+    run_script([3.0], best)
+    assert outside.read_text() == "somebody else's"
+
+
+def test_a_run_that_resumes_from_a_forged_checkpoint_is_refused_and_nothing_is_removed(tmp_path: Path) -> None:
+    """The files here and elsewhere are as they were."""
+    values, checkpoints = [1.0, 2.0, 3.0], CheckpointDirectory(tmp_path / "run")
+    first, second = (BestCheckpoint("val_score", "max", tmp_path / "best", restore=True) for _ in "12")
+    run_up_to(2, checkpoints.path, values, [first])
+    (tmp_path / "x.pt").write_text("somebody else's")
+    state = load_verified(checkpoints.files()[0].path)
+    state["callbacks"]["BestCheckpoint"]["kept"][0]["file"] = "../x.pt"
+    checkpoints.save(state, step=2)
+    with pytest.raises(CheckpointError, match=r"kept as '\.\./x\.pt', which is not the name of a file"):
+        run_up_to(3, checkpoints.path, values, [second])
+    assert (tmp_path / "x.pt").read_text() == "somebody else's"
+    assert epoch_of(tmp_path / "best" / "best.pt") == 2
+
+
+def test_a_metric_with_a_slash_in_its_name_has_files_too_and_is_resumed(tmp_path: Path) -> None:
+    """The slash would lead into another directory, so the name of the file has none."""
+
+    def step(engine: Engine, batch: Tensor) -> dict[str, float]:
+        return {"score/a": float(engine.epoch)}
+
+    for epochs in (2, 3):
+        best = BestCheckpoint("val_score/a", "max", tmp_path / "best", top_k=2)
+        engine = Engine(step, model=linear(), callbacks=[best, RunCheckpoint(tmp_path / "run")])
+        engine.fit([torch.zeros(1)], [torch.zeros(1)], epochs=epochs, resume="auto")
+        first, second = f"val_score_a={epochs}-epoch={epochs}", f"val_score_a={epochs - 1}-epoch={epochs - 1}"
+        assert [kept.file.split("-step")[0] for kept in best.kept] == [first, second]
+        assert names(tmp_path / "best") == {"best.pt", *(kept.file for kept in best.kept)}
+
+
 # What the disk may do ---------------------------------------------------------------------------------------
 
 TRACED = """
@@ -405,6 +550,20 @@ def test_when_there_is_room_again_the_next_best_is_written(disk: SmallDisk) -> N
     engine = run_script([1.0, 2.0, 3.0, 0.0], turning, best, model=wide())
     assert engine.parts["model"].weight.unique().tolist() == [3.0]
     assert names(disk.best) == {"best.pt"}
+
+
+def test_best_weights_from_memory_that_find_no_room_stay_in_memory_until_a_better_value(disk: SmallDisk) -> None:
+    """A resumed run now has a directory, on a full disk; the next best is written, and takes their place."""
+    first, second = BestCheckpoint("val_score", "max"), BestCheckpoint("val_score", "max", disk.best)
+    run_script([1.0, 3.0], first)
+    disk.best.mkdir()
+    disk.fill()
+    second.load_state_dict(first.state_dict())
+    assert (second.path, second.weights()["weight"].unique().tolist()) == (None, [2.0])
+    disk.free()
+    run_script([4.0], second)
+    assert second.path == disk.best / "best.pt"
+    assert second.weights()["weight"].unique().tolist() == [1.0]
 
 
 def test_a_failed_write_leaves_no_file_that_nobody_keeps(disk: SmallDisk) -> None:

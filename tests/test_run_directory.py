@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import math
+import signal
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ import torch
 from helpers import class_batches, make_trainer, run_python
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from camshaft.callbacks import EarlyStopping, ProgressBar, RunDirectory
+from camshaft.callbacks import BestCheckpoint, EarlyStopping, ProgressBar, RunCheckpoint, RunDirectory
 from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitEnd, History, StepEnd, at
 
 TRAIN, VAL = class_batches(8, 8, 3), class_batches(16, 5)
@@ -422,3 +423,75 @@ def test_validations_in_mid_epoch_have_a_table_and_a_line_each(tmp_path: Path) -
     plain = RunDirectory(tmp_path, terminal=False)
     make_trainer(plain).fit(data, val, epochs=1)
     assert not (plain.path / "validations.csv").exists()
+
+
+def directories(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir())
+
+
+def run_to_4(root: Path, checkpoints: Path, *, stop_at: int | None = None, name: str | None = None) -> Engine:
+    """Resume what there is, with a fresh run directory, up to epoch 4; ``stop_at`` is the step of a signal.
+
+    ``name`` is for the directory, which may otherwise have that of another run of this second under another root.
+    The loss falls and the highest is kept, so the best weights are those of the first epoch.
+    """
+    run, best = RunDirectory(root, terminal=False), BestCheckpoint("train_loss", "max", restore=True)
+    run.run_directory = run.path.rename(run.path.with_name(name or run.path.name))
+    trainer = make_trainer(best, run, RunCheckpoint(checkpoints))
+    trainer.subscribe(
+        StepEnd, lambda event: trainer.run.interrupt(signal.SIGTERM) if trainer.step == stop_at else None
+    )
+    trainer.fit(TRAIN, VAL, epochs=4, resume="auto")
+    return trainer
+
+
+def test_a_resumed_run_goes_on_in_the_directory_of_the_run_that_was_interrupted(tmp_path: Path) -> None:
+    """One directory, one log, the whole history, and at the end the best weights from before the interruption."""
+    root, checkpoints = tmp_path / "runs", tmp_path / "checkpoints"
+    run_to_4(root, checkpoints, stop_at=5)
+    (path,) = directories(root)
+    first_log = (path / "log.log").read_text()
+    best = torch.load(path / "checkpoints" / "best.pt", weights_only=True)
+    trainer = run_to_4(root, checkpoints)
+    assert (directories(root), trainer.directory) == ([path], path)
+    log = (path / "log.log").read_text()
+    assert log.startswith(first_log)
+    assert [log.count(f"epoch {number}/4 ") for number in range(1, 5)] == [1, 1, 1, 1]
+    assert len((path / "history.csv").read_text().splitlines()) == 1 + 4
+    for name, value in trainer.parts["model"].state_dict().items():
+        assert torch.equal(value, best[name])
+
+
+def test_a_run_resumed_under_another_root_goes_on_there_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best weights stayed in the earlier directory; of those that are here, the ones of epoch 2 are best."""
+    run_to_4(tmp_path / "old", tmp_path / "checkpoints", stop_at=5, name="the first")
+    (old,) = directories(tmp_path / "old")
+    before = (old / "log.log").read_text()
+    trainer = run_to_4(tmp_path / "new", tmp_path / "checkpoints")
+    (new,) = directories(tmp_path / "new")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        f"The directory of the resumed run is not in {tmp_path / 'new'}. The run goes on in {new}.",
+        f"The best weights of the resumed run are not in {new / 'checkpoints'}. BestCheckpoint begins anew.",
+    ]
+    assert (trainer.directory, (old / "log.log").read_text()) == (new, before)
+    assert "at epoch 2" in (new / "log.log").read_text()
+    best = torch.load(new / "checkpoints" / "best.pt", weights_only=True)
+    assert all(torch.equal(value, best[name]) for name, value in trainer.parts["model"].state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "", ".", "..", 3, None])
+def test_the_name_of_an_earlier_directory_that_leads_elsewhere_is_not_followed(
+    name: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A forged checkpoint cannot make a run write outside its root; absolute names neither."""
+    (tmp_path / "elsewhere").mkdir()
+    run = RunDirectory(tmp_path / "runs", terminal=False)
+    path = run.path
+    for forged in (name, str(tmp_path / "elsewhere")):
+        run.before_resume({"name": forged})
+        assert run.path == path
+    assert path.is_dir()
+    assert caplog.text.count("The directory of the resumed run is not in") == 2
