@@ -197,7 +197,7 @@ class Engine:
                     step_end.emit(StepEnd(self, batch, stage.output), step)
                 if step >= run.due or step >= settled.due:
                     if step >= run.due:
-                        run.settle(self.epoch, step)
+                        run.settle(self.epoch, step, is_announced=True)
                     if step >= settled.due:
                         settled.emit(Settled(self), step)
                     if run.ends_epoch:
@@ -454,7 +454,7 @@ class Engine:
             self.history.add_epoch(self.epoch, self.step, scalars(metrics))
             self.emit(EpochEnd(self, metrics))
         run.phase = Phase.BETWEEN
-        run.settle(self.epoch, self.step)
+        run.settle(self.epoch, self.step, is_announced=True)
         self.emit(Settled(self))
 
     def _end_run(self, run: Run, error: BaseException | None = None) -> None:

@@ -120,16 +120,20 @@ class Run:
         """Leave out the update that is about to be made; for handlers of `GradientsReady`."""
         self._skips_update = True
 
-    def settle(self, epoch: int, step: int) -> bool:
+    def settle(self, epoch: int, step: int, *, is_announced: bool = False) -> bool:
         """Settle what was asked for up to ``step``, and return whether the run is over.
+
+        Only where `Settled` is announced afterwards does a checkpoint that was asked for become due: it would be
+        forgotten elsewhere.
 
         Everything that handlers and signals decide for the run takes effect here, at the end of a step, of an epoch
         and before the first: this is where several ranks can agree.
         """
         if self.stop_reason is not None:
             self.last_step = min(self.last_step, step)
-        self.save_is_due, self._save_was_asked = self._save_was_asked, False
-        self.due = 0 if self.save_is_due else int(min(self.epoch_goal, NEVER))
+        if is_announced:
+            self.save_is_due, self._save_was_asked = self._save_was_asked, False
+        self.due = 0 if self.save_is_due or self._save_was_asked else int(min(self.epoch_goal, NEVER))
         self.ends_epoch = self.stop_reason is not None or step >= self.epoch_goal
         if self.interrupted is not None:  # looked at last, because a signal may come at any moment
             self.due, self.ends_epoch = 0, True
@@ -262,7 +266,13 @@ class Run:
 
 
 class _NoRun:
-    """What an engine has between two runs: whatever is asked of it is refused."""
+    """What an engine has between two runs: whatever is asked of it is refused.
+
+    There is one, also in a copy of an engine.
+    """
+
+    def __reduce__(self) -> str:
+        return "NO_RUN"
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # asked by Python itself, as when the engine is copied

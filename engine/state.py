@@ -216,14 +216,23 @@ def _first_of(problems: list[str]) -> str:
 
 def _part_differences(part: Any, saved: Any) -> list[str]:
     if isinstance(part, nn.Module):
+        if not isinstance(saved, Mapping):
+            return ["it is not the state of a module"]
         return weight_differences(_unwrapped(part), saved)
     if isinstance(part, torch.optim.Optimizer):
-        if not (isinstance(saved, Mapping) and isinstance(saved.get("param_groups"), list)):
+        if not _has_groups(saved):
             return ["it is not the state of an optimizer"]
         ours = [len(group["params"]) for group in part.param_groups]
         theirs = [len(group["params"]) for group in saved["param_groups"]]
         return [] if ours == theirs else [f"groups of {theirs} parameters, and this run's are {ours}"]
     return []
+
+
+def _has_groups(saved: Any) -> bool:
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    return isinstance(groups, list) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
+    )
 
 
 def _stateful_parts(engine: Engine) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,16 +26,17 @@ def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None
     target.load_state_dict(weights)
 
 
-def weight_differences(model: nn.Module, weights: dict[str, Any]) -> list[str]:
+def weight_differences(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
     """Return, in words, where a state dict differs from the model's in names or shapes."""
     own = model.state_dict()
     differences = [f"{name} is missing" for name in own if name not in weights]
     differences += [f"{name} is unknown to the model" for name in weights if name not in own]
     shared = {name: value for name, value in weights.items() if isinstance(own.get(name), Tensor)}
+    differences += [f"{name} is not a tensor" for name, value in shared.items() if not isinstance(value, Tensor)]
     differences += [
         f"{name} has shape {list(value.shape)}, the model's has {list(own[name].shape)}"
         for name, value in shared.items()
-        if value.shape != own[name].shape
+        if isinstance(value, Tensor) and value.shape != own[name].shape
     ]
     return differences
 
