@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camshaft.engine import Callback, Engine, Trainer
+from camshaft.engine import Callback, Engine, Trainer, files
 
 Batch = tuple[Tensor, Tensor]
 GOLDEN = Path(__file__).with_name("data")
@@ -65,6 +68,74 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Return the norm of all of them as one vector. The oldest torch has no function for it."""
     norm: Tensor = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     return norm
+
+
+# How the last sentence of a refusal begins: with what to do, or with the names to choose from.
+ADVICE = (
+    "Write|Pass|Give|Build|Set|Record|Return|Reduce|Look|Attach|Say|State|Watch|Subscribe|Lower|Derive|Let|Train|"
+    "Make|Ask|Use|Did you|Hooks:|Events:|Devices:|Parameters:"
+)
+
+
+@contextmanager
+def refused(kind: type[Exception], *phrases: str) -> Iterator[None]:
+    """Expect exactly ``kind``, with each phrase, one sentence of fact, and a last one of what to write instead."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert caught.type is kind
+    message = str(caught.value)
+    for phrase in phrases:
+        assert phrase in message
+    sentences = re.split(r"(?<=[.?!]) +(?=[A-Z])", message)
+    assert len(sentences) >= 2, message
+    assert re.match(ADVICE, sentences[-1]), message
+
+
+class Failing:
+    """A file of which every call first asks ``strike``."""
+
+    def __init__(self, file: Any, strike: Callable[[str], None]) -> None:
+        self._file, self._strike = file, strike
+
+    def write(self, data: Any) -> int:
+        self._strike("write")
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        self._strike("flush")
+        self._file.flush()
+
+    def __enter__(self) -> Failing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def struck(strike: Callable[[str], None]) -> Iterator[None]:
+    """Call ``strike(name)`` before each call that touches the disk while a checkpoint is written."""
+    patch = pytest.MonkeyPatch()
+
+    def before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            strike(name)
+            result = function(*args, **kwargs)
+            return Failing(result, strike) if name == "open" else result
+
+        return call
+
+    patch.setattr(files, "open", before("open", builtins.open), raising=False)
+    patch.setattr(os, "fsync", before("fsync", os.fsync))
+    patch.setattr(os, "replace", before("replace", os.replace))
+    patch.setattr(Path, "unlink", before("unlink", Path.unlink))
+    try:
+        yield
+    finally:
+        patch.undo()
 
 
 def run_python(script: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:

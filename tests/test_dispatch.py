@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -11,26 +10,17 @@ import pytest
 from camshaft.engine import (
     Callback,
     Engine,
-    EpochEnd,
     Event,
-    FitEnd,
     FitStart,
     HandlerError,
     StepEnd,
-    ValidationEnd,
     every,
     until,
 )
-from camshaft.engine.events import hook_name, known_events
 
 
 def idle(engine: Engine, batch: Any) -> None:
     """Do nothing with a batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossSpike(Event):
-    loss: float
 
 
 def test_handlers_run_in_the_order_they_were_attached() -> None:
@@ -133,25 +123,6 @@ def test_on_is_subscribe_as_a_decorator() -> None:
     assert callable(note)
 
 
-def test_an_event_of_ones_own_reaches_functions_and_hooks() -> None:
-    heard: list[float] = []
-
-    class Alarm(Callback):
-        def on_loss_spike(self, event: LossSpike) -> None:
-            heard.append(event.loss)
-
-    engine = Engine(lambda engine, batch: engine.emit(LossSpike(engine, batch)), callbacks=[Alarm()])
-    engine.subscribe(LossSpike, lambda event: heard.append(-event.loss))
-    assert engine.listeners.hears(LossSpike)
-    engine.fit([1.5], epochs=1)
-    assert heard == [1.5, -1.5]
-
-
-def test_hook_names_are_the_class_names_in_snake_case() -> None:
-    assert hook_name(ValidationEnd) == "on_validation_end"
-    assert known_events()["on_loss_spike"] is LossSpike
-
-
 def no_argument() -> None:
     """Take nothing."""
 
@@ -190,33 +161,3 @@ def test_stop_iteration_in_a_handler_is_an_error_like_any_other() -> None:
     with pytest.raises((StopIteration, RuntimeError)):
         engine.fit([1, 2], epochs=1)
     assert engine.step == 1
-
-
-def test_explain_prints_events_in_firing_order_with_place_and_filter() -> None:
-    engine = Engine(idle)
-    engine.subscribe(FitEnd, no_op)
-    engine.subscribe(StepEnd, no_op, when=every(100))
-    engine.subscribe(StepEnd, print)
-    line = no_op.__code__.co_firstlineno
-    assert engine.explain().splitlines() == [
-        "StepEnd",
-        f"  1. no_op  every(n=100)  tests/test_dispatch.py:{line}",
-        "  2. print",
-        "FitEnd",
-        f"  1. no_op  tests/test_dispatch.py:{line}",
-    ]
-
-
-def no_op(event: Event) -> None:
-    """Hear nothing."""
-
-
-def test_a_fact_can_not_be_changed() -> None:
-    engine = Engine(idle)
-
-    def change(event: EpochEnd) -> None:
-        event.metrics = {}  # type: ignore[misc]  # the point
-
-    engine.subscribe(EpochEnd, change)
-    with pytest.raises(AttributeError):
-        engine.fit([1], epochs=1)

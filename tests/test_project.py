@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import documented_events
 
 import camshaft.callbacks
 import camshaft.engine
+from camshaft.engine import Callback, CamshaftError, Event
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -22,6 +24,7 @@ MODULES = [
     for package in (camshaft.engine, camshaft.callbacks)
     for module in pkgutil.iter_modules(package.__path__)
 ]
+SOURCES = sorted(path for folder in ("engine", "callbacks") for path in (ROOT / folder).glob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -45,6 +48,52 @@ def test_the_engine_knows_no_handler(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.name)
 def test_a_handler_imports_only_the_floor_below(path: Path) -> None:
     assert not [name for name in imported(path) if name.startswith(("camshaft.callbacks", "examples", ".."))]
+
+
+def submodules_imported(path: Path) -> set[str]:
+    """The modules within camshaft.engine from which a file imports, at its top or in a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "camshaft.engine":
+            names |= {alias.name for alias in node.names} - set(camshaft.engine.__all__)
+    return names | {name for name in imported(path) if name.startswith("camshaft.engine.")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.name)
+def test_a_handler_imports_only_what_the_engine_offers(path: Path) -> None:
+    assert not submodules_imported(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import camshaft.engine.files",
+        "from camshaft.engine import files",
+        "from camshaft.engine.files import save",
+        "def f():\n    from camshaft.engine.run import NO_RUN",
+    ],
+)
+def test_an_import_from_inside_the_engine_would_be_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "handler.py").write_text(f"from camshaft.engine import Engine\n{line}\n")
+    assert submodules_imported(tmp_path / "handler.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_nothing_is_said_to_be_an_engine_that_is_none(path: Path) -> None:
+    assert 'cast("Engine"' not in path.read_text()
+
+
+def bases_of_ours(kind: type) -> list[type]:
+    """The classes of ours above a class, other than those from which everybody derives."""
+    above = [base for base in kind.__mro__[1:] if base.__module__.startswith("camshaft.")]
+    return [base for base in above if base not in (Callback, Event) and not issubclass(base, CamshaftError)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_class_is_understood_without_reading_another_above_it(name: str) -> None:
+    """Only callbacks, events and errors derive from a class of ours, and callbacks and events from no second one."""
+    classes = [value for value in vars(importlib.import_module(name)).values() if inspect.isclass(value)]
+    assert {kind: bases_of_ours(kind) for kind in classes if kind.__module__ == name and bases_of_ours(kind)} == {}
 
 
 def test_importing_loads_no_heavy_package_and_starts_nothing() -> None:

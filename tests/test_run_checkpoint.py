@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import random
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import struck
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MetricCollection
@@ -32,6 +34,7 @@ from camshaft.callbacks import (
 )
 from camshaft.engine import (
     Callback,
+    CheckpointDirectory,
     CheckpointError,
     ConfigurationError,
     Engine,
@@ -440,3 +443,56 @@ def test_a_step_with_optimizers_of_its_own_resumes_too(tmp_path: Path) -> None:
     resumed = fit(make(tmp_path), resume="auto")
     for name in ("body", "head", "slow", "fast"):
         assert_equal(resumed.parts[name].state_dict(), through.parts[name].state_dict(), name)
+
+
+def small_trainer(directory: Path, **settings: Any) -> Engine:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return Trainer(model, optimizer, nn.MSELoss(), callbacks=[RunCheckpoint(directory, every_steps=1, **settings)])
+
+
+DATA = [(torch.ones(4, 2), torch.ones(4, 1))] * 6
+
+
+def test_a_failed_save_warns_and_the_next_due_point_tries_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replaced = 0
+
+    def strike(name: str) -> None:
+        nonlocal replaced
+        replaced += name == "replace"
+        if name == "replace" and replaced in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = small_trainer(tmp_path, keep=9)
+    with struck(strike), caplog.at_level(logging.WARNING):
+        trainer.fit(DATA, epochs=1)
+    assert [file.step for file in CheckpointDirectory(tmp_path).files()] == [6, 6, 5, 4, 1]
+    assert caplog.text.count("No space left on device. Training goes on; run-000001-step-1-") == 2
+
+
+@pytest.mark.parametrize(("failures", "settings"), [(3, {}), (1, {"on_error": "raise"}), (3, {"background": True})])
+def test_failures_in_a_row_or_by_wish_the_first_end_the_run(
+    tmp_path: Path, failures: int, settings: dict[str, Any]
+) -> None:
+    failed = 0
+
+    def strike(name: str) -> None:
+        nonlocal failed
+        if name == "replace":
+            failed += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = small_trainer(tmp_path, **settings)
+    with struck(strike), pytest.raises(OSError, match="No space left"):
+        trainer.fit(DATA, epochs=1)
+    assert failures <= failed <= failures + 1
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    trainer = small_trainer(tmp_path / "file" / "below")
+    with pytest.raises(ConfigurationError, match="RunCheckpoint cannot write in"):
+        trainer.fit(DATA, epochs=1)
+    assert trainer.step == 0

@@ -1,0 +1,53 @@
+"""The named objects of a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from camshaft.engine import Engine
+from camshaft.engine.parts import Parts
+
+
+def make_parts() -> Parts:
+    model, head = nn.Sequential(nn.Linear(2, 2), nn.Dropout()), nn.Linear(2, 1)
+    return Parts(model=model, note="a run", optimizer=torch.optim.SGD(model.parameters(), 0.1), head=head)
+
+
+def test_modules_and_optimizers_are_found_by_name_in_their_order() -> None:
+    parts = make_parts()
+    assert parts.modules() == {"model": parts["model"], "head": parts["head"]}
+    assert parts.optimizers() == {"optimizer": parts["optimizer"]}
+
+
+def test_parameters_are_those_of_every_module_under_their_names_in_it() -> None:
+    assert [name for name, _ in make_parts().named_parameters()] == ["0.weight", "0.bias", "weight", "bias"]
+
+
+def test_the_device_is_that_of_the_first_parameter() -> None:
+    assert Parts(model=nn.Linear(2, 1, device="meta")).device == torch.device("meta")
+    assert Parts(model=nn.ReLU()).device == Parts().device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_are_given_back_layer_by_layer_also_after_an_error(fails: bool) -> None:
+    parts = make_parts()
+    parts["model"][1].eval()  # a layer that its owner keeps in eval mode
+    before = {layer: layer.training for module in parts.modules().values() for layer in module.modules()}
+    try:
+        with parts.preserve_modes():
+            parts["model"].train()
+            parts["head"].eval()
+            if fails:
+                raise ArithmeticError
+    except ArithmeticError:
+        assert fails
+    assert {layer: layer.training for layer in before} == before
+    assert set(before.values()) == {True, False}
+
+
+def test_a_part_may_be_added_after_the_engine_was_made() -> None:
+    engine = Engine(model=nn.Linear(2, 1))
+    engine.parts["ema"] = nn.Linear(2, 1)
+    assert list(engine.parts.modules()) == ["model", "ema"]

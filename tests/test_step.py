@@ -1,0 +1,125 @@
+"""What is done with a batch, and what may take its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Batch, class_batches, linear, make_trainer, refused
+from torch import nn
+
+from camshaft.engine import ConfigurationError, Engine, FunctionStep, Step, SupervisedStep, Trainer, num_samples
+
+
+class Doubled:
+    """Another step, of which nothing is one of ours: it counts, and lets the inner one do the work on each batch."""
+
+    def __init__(self, inner: Step) -> None:
+        self.inner = inner
+        self.calls: list[str] = []
+
+    def train(self, engine: Engine, batch: Any, /) -> Any:
+        self.calls.append("train")
+        return self.inner.train(engine, batch)
+
+    def evaluate(self, engine: Engine, batch: Any, /) -> Any:
+        self.calls.append("evaluate")
+        return self.inner.evaluate(engine, batch)
+
+    def inputs(self, batch: Any, /) -> Any:
+        self.calls.append("inputs")
+        return self.inner.inputs(batch)
+
+
+def test_steps_of_ours_and_of_ones_own_are_steps_and_a_function_is_none() -> None:
+    function = FunctionStep(lambda engine, batch: None)
+    for step in (function, SupervisedStep(nn.MSELoss()), Doubled(function)):
+        assert isinstance(step, Step)
+    assert not isinstance(lambda engine, batch: None, Step)
+
+
+def test_a_function_serves_training_and_evaluation_and_can_tell_them_apart() -> None:
+    stages: list[tuple[bool, str]] = []
+    engine = Engine(lambda engine, batch: stages.append((engine.training, engine.current.name)))
+    engine.fit([1], [2], epochs=1)
+    engine.evaluate([3])
+    assert stages == [(True, "train"), (False, "val"), (False, "test")]
+
+
+def test_a_function_step_calls_the_model_with_the_inputs_of_a_pair() -> None:
+    inputs, target = torch.ones(4, 2), torch.ones(4, 1)
+    assert FunctionStep(lambda engine, batch: None).inputs((inputs, target)) is inputs
+    assert FunctionStep(lambda engine, batch: None).inputs(inputs) is inputs
+
+
+@pytest.mark.parametrize("step", ["train", 3])
+def test_what_is_no_step_is_refused_where_the_engine_is_made(step: Any) -> None:
+    with refused(ConfigurationError, f"step is {step!r}, not a function.", "def step(engine, batch)"):
+        Engine(step)
+
+
+def test_a_step_of_ones_own_is_used_as_it_is() -> None:
+    step = Doubled(SupervisedStep(nn.CrossEntropyLoss()))
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = Engine(step, model=model, optimizer=optimizer, loss_fn=nn.CrossEntropyLoss())
+    assert engine.stepper is step
+    engine.fit(class_batches(4, 4), class_batches(4), epochs=1)
+    engine.predict(class_batches(4))
+    assert step.calls == ["train", "train", "evaluate", "inputs"]
+
+
+def test_a_wrapper_takes_the_place_of_the_step_and_changes_no_weight() -> None:
+    plain, wrapped = make_trainer(), make_trainer()
+    wrapped.wrap_step(Doubled)
+    wrapped.wrap_step(Doubled)
+    for trainer in (plain, wrapped):
+        trainer.fit(class_batches(4, 4), epochs=2)
+    assert isinstance(wrapped.stepper, Doubled)
+    assert isinstance(wrapped.stepper.inner, Doubled)
+    assert wrapped.stepper.calls == wrapped.stepper.inner.calls == ["train"] * 4
+    assert torch.equal(plain.parts["model"].weight, wrapped.parts["model"].weight)
+
+
+def test_in_the_script_style_there_is_no_step_to_wrap() -> None:
+    with refused(ConfigurationError, "This engine has no step to wrap."):
+        Engine().wrap_step(Doubled)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda output: output.mean(),
+        lambda output, target: output.mean() + 0 * target.sum(),
+        lambda output, target, scale=2.0: scale * output.mean() + 0 * target.sum(),
+        lambda *values: values[0].mean() + 0 * values[1].sum(),
+    ],
+)
+def test_a_loss_gets_as_many_arguments_as_it_needs(loss_fn: Any) -> None:
+    """With more or fewer of them, or in another order, it would fail."""
+    model = nn.Linear(4, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss_fn)
+    assert trainer.fit(class_batches(4), epochs=1)["step"] == [1]
+
+
+def test_a_batch_in_parts_trains_and_records_as_the_whole_batch() -> None:
+    whole, parted = make_trainer(), make_trainer()
+    data = class_batches(8, 8)
+
+    class Parted(Doubled):
+        def train(self, engine: Engine, batch: Batch, /) -> None:
+            parts = [(batch[0][:5], batch[1][:5]), (batch[0][5:], batch[1][5:])]
+            assert isinstance(self.inner, SupervisedStep)
+            self.inner.train_in_parts(engine, parts, num_samples(batch))
+
+    parted.wrap_step(Parted)
+    assert parted.fit(data, epochs=2)["train_loss"] == pytest.approx(whole.fit(data, epochs=2)["train_loss"])
+    assert parted.num_updates == whole.num_updates == 4
+    torch.testing.assert_close(parted.parts["model"].weight, whole.parts["model"].weight)
+
+
+def test_the_trainers_step_uses_the_parts_that_the_engine_has_now() -> None:
+    trainer = make_trainer()
+    trainer.parts["loss_fn"] = lambda output, target: output.pow(2).mean() + 7
+    assert trainer.fit(class_batches(4), epochs=1)["train_loss"][0] > 7
