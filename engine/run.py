@@ -123,11 +123,12 @@ class Run:
     def settle(self, epoch: int, step: int, *, is_announced: bool = False) -> bool:
         """Settle what was asked for up to ``step``, and return whether the run is over.
 
-        Only where `Settled` is announced afterwards does a checkpoint that was asked for become due: it would be
-        forgotten elsewhere.
+        Everything that handlers and signals decide for the run takes effect here: at the end of a step, at the end of an
+        epoch and before the first step. This is where several ranks can agree.
 
-        Everything that handlers and signals decide for the run takes effect here, at the end of a step, of an epoch
-        and before the first: this is where several ranks can agree.
+        Args:
+            epoch, step: the engine's counters.
+            is_announced: whether `Settled` is announced next. A checkpoint that was asked for becomes due only then.
         """
         if self.stop_reason is not None:
             self.last_step = min(self.last_step, step)

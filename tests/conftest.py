@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,3 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def below_a_file(tmp_path: Path) -> Path:
+    """A directory that nobody can make, root neither: a regular file stands in its way."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "directory"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from camshaft.engine import Callback, Engine, Trainer, files
 
@@ -178,3 +179,52 @@ def read_golden(name: str) -> str:
     """What the file of this name in tests/data holds; nothing if there is none yet."""
     file = GOLDEN / name
     return file.read_text() if file.exists() else ""
+
+
+class CountingModel(nn.Linear):
+    """A linear layer from two numbers to one, that counts the batches it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+        self.num_calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_calls += 1
+        return super().forward(input)
+
+
+class DictOutput(CountingModel):
+    """Returns a dict of several parts, which no loss takes."""
+
+    def forward(self, input: Tensor) -> Any:
+        return {"logits": super().forward(input), "hidden": input}
+
+
+def regression(model: nn.Module | None = None, **arguments: Any) -> Engine:
+    """A trainer for `pairs`; any argument of `Trainer` may be another."""
+    model = CountingModel() if model is None else model
+    if "optimizer" not in arguments:
+        arguments["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Trainer(model, **({"loss_fn": nn.MSELoss()} | arguments))
+
+
+def num_calls(trainer: Engine) -> int:
+    """How many batches the model of a `regression` has seen."""
+    model = trainer.parts["model"]
+    assert isinstance(model, CountingModel)
+    return model.num_calls
+
+
+def pairs(num_batches: int = 3, batch_size: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Batches for `regression`: two ones as inputs, and a one as target."""
+    return [(torch.ones(batch_size, 2), torch.ones(batch_size, 1)) for _ in range(num_batches)]
+
+
+def loader_of(num_samples: int, **arguments: Any) -> DataLoader[tuple[Tensor, ...]]:
+    """A loader of so many samples of `pairs`."""
+    return DataLoader(TensorDataset(torch.ones(num_samples, 2), torch.ones(num_samples, 1)), **arguments)
+
+
+def mean_error(output: Tensor, target: Tensor) -> Tensor:
+    """A metric that does not say which direction is better."""
+    return (output - target).abs().mean()

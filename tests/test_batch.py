@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from helpers import num_calls, refused, regression
 from torch import Tensor, nn
 
-from camshaft.engine import DataError, Trainer, num_samples, prepare_batch
+from camshaft.engine import DataError, Engine, Trainer, num_samples, prepare_batch
 from camshaft.engine.batch import concatenate, tree_map
 
 X, Y = torch.zeros(8, 3), torch.zeros(8, 1)
@@ -101,3 +103,76 @@ def test_outputs_are_joined_through_containers() -> None:
     assert joined[1]["y"].shape == (16, 1)
     with pytest.raises(DataError, match="cannot be joined"):
         concatenate([3, 4])
+
+
+@dataclass
+class Labelled:
+    image: Tensor
+    label: Tensor
+
+
+INPUTS, TARGET = torch.ones(4, 2), torch.ones(4, 1)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (INPUTS, TARGET),
+        [INPUTS, TARGET],
+        {"image": INPUTS, "label": TARGET},
+        {"x": INPUTS, "y": TARGET},
+        {"input": INPUTS, "targets": TARGET},
+        Labelled(INPUTS, TARGET),
+    ],
+)
+def test_a_list_of_batches_is_a_loader_whatever_the_batches_are(batch: Any) -> None:
+    trainer = regression()
+    history = trainer.fit([batch, batch], [batch], epochs=3)
+    assert num_calls(trainer) == 9
+    assert history["train_loss"][2] < history["train_loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("batch", "phrase"),
+    [
+        ((INPUTS, TARGET, TARGET), "A batch is a tuple of 3 (Tensor [4, 2], Tensor [4, 1], Tensor [4, 1])"),
+        ([], "A batch is a list of 0"),
+        ({"label": TARGET}, "A batch is dict with keys label"),
+        ({"x": INPUTS, "label": TARGET, "target": TARGET}, "A batch is dict with keys x, label, target"),
+        ("image.png", "A batch is of type str"),
+        (None, "A batch is None"),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_refused_before_the_model_sees_it(batch: Any, phrase: str) -> None:
+    trainer = regression()
+    with refused(DataError, phrase, "prepare_batch"):
+        trainer.fit([batch], epochs=1)
+    assert num_calls(trainer) == 0
+
+
+def test_a_batch_of_three_works_with_a_function_that_splits_it() -> None:
+    trainer = regression(prepare_batch=lambda batch: (batch[0], batch[2]))
+    assert trainer.fit([(INPUTS, "names", TARGET)], epochs=2)["step"] == [1, 2]
+
+
+def test_a_bare_tensor_is_a_batch_without_a_target() -> None:
+    trainer = regression(loss_fn=lambda output: output.pow(2).mean())
+    assert trainer.fit([INPUTS], epochs=2)["step"] == [1, 2]
+
+
+def test_a_loss_that_needs_a_target_says_that_there_is_none() -> None:
+    with refused(DataError, "the output, Tensor [4, 1], and the target, None"):
+        regression().fit([INPUTS], epochs=1)
+
+
+def test_a_number_of_samples_that_cannot_be_known_must_be_stated() -> None:
+    def step(engine: Engine, batch: Mapping[str, Any]) -> dict[str, float]:
+        return {"score": 0.5}
+
+    with refused(DataError, "A batch is dict with keys text, so its number of samples cannot be known", "weight="):
+        Engine(step).fit([{"text": "a b c"}], epochs=1)
+
+
+def test_tensors_that_disagree_tell_no_number_of_samples() -> None:
+    with refused(DataError, "(Tensor [4, 2], Tensor [3, 1]), so its number of samples cannot be known"):
+        Engine(lambda engine, batch: {"score": 0.5}).fit([(INPUTS, TARGET[:3])], epochs=1)

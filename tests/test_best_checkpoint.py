@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import class_batches, linear, make_trainer, run_python, run_script
+from helpers import class_batches, linear, make_trainer, pairs, refused, regression, run_python, run_script
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -602,3 +602,55 @@ def test_weights_from_a_gpu_load_where_there_is_none(tmp_path: Path) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"monitor": "loss"}, "'loss', which does not say of which stage"),
+        ({"monitor": "val_acc", "mode": "maximum"}, 'Did you mean "max"?'),
+        ({"monitor": "val_acc", "top_k": 0}, "top_k is 0"),
+        ({"monitor": "val_acc", "top_k": 2.0}, "top_k is 2.0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        BestCheckpoint(**settings)
+
+
+def test_a_best_checkpoint_without_a_model_is_refused() -> None:
+    with refused(ConfigurationError, "no part named model"):
+        Engine(callbacks=[BestCheckpoint("val_loss", "min")])
+
+
+def test_best_weights_of_another_architecture_are_told_by_their_first_differences(tmp_path: Path) -> None:
+    best = BestCheckpoint("val_loss", directory=tmp_path, restore=True)
+    trainer = regression(callbacks=[best])
+    other = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+    trainer.subscribe(EpochEnd, lambda event: torch.save(other.state_dict(), tmp_path / "best.pt"))
+    with refused(CheckpointError, "weight is missing", "0.weight is unknown to the model", "and 3 more", "best.pt"):
+        trainer.fit(pairs(), pairs(), epochs=1)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"garbage" * 99), Path.unlink],
+    ids=["truncated", "empty", "garbage", "gone"],
+)
+def test_best_weights_that_cannot_be_read_are_told_by_their_file(
+    damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    best = BestCheckpoint("val_loss", directory=tmp_path)
+    regression(callbacks=[best]).fit(pairs(), pairs(), epochs=1)
+    damage(tmp_path / "best.pt")
+    with refused(CheckpointError, str(tmp_path / "best.pt")):
+        best.weights()
+
+
+def test_best_weights_are_not_there_before_a_value_was_best() -> None:
+    with refused(ConfigurationError, "No best weights exist: val_loss has had no value"):
+        BestCheckpoint("val_loss", "min").weights()

@@ -30,6 +30,7 @@ from camshaft.engine import (
     FitEnd,
     FitStart,
     GradientsReady,
+    HandlerError,
     LossReady,
     RunFailed,
     Settled,
@@ -303,3 +304,31 @@ def test_a_callback_of_which_nothing_was_saved_is_shown_nothing(tmp_path: Path) 
 
 def test_a_callback_without_a_state_of_its_own_saves_an_empty_one() -> None:
     assert Callback().state_dict() == {}
+
+
+@pytest.mark.parametrize("hook", ["on_step_ended", "on_stepend", "on_steps_end"])
+def test_a_misspelt_hook_is_refused_with_the_nearest_name(hook: str) -> None:
+    callback = type("Mine", (Callback,), {hook: lambda self, event: None})()
+    with refused(HandlerError, f'Mine.{hook} matches no event. Did you mean "on_step_end"? Hooks: on_fit_start'):
+        Engine(callbacks=[callback])
+
+
+@pytest.mark.parametrize(
+    ("hook", "phrase"),
+    [
+        (lambda self: None, "takes no arguments, but a StepEnd handler receives the event"),
+        (lambda self, event, step: None, "takes event, step, but a StepEnd handler receives the event"),
+    ],
+)
+def test_a_hook_with_a_wrong_signature_is_refused_at_attachment(hook: Callable[..., Any], phrase: str) -> None:
+    callback = type("Mine", (Callback,), {"on_step_end": hook})()
+    with refused(HandlerError, phrase):
+        Engine(callbacks=[callback])
+
+
+def test_an_asynchronous_hook_is_refused_at_attachment() -> None:
+    class Mine(Callback):
+        async def on_step_end(self, event: StepEnd) -> None: ...  # type: ignore[override]  # the mistake
+
+    with refused(HandlerError, "Mine.on_step_end() is async"):
+        Engine(callbacks=[Mine()])

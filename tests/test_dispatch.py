@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import pytest
+from helpers import pairs, refused, regression
 
 from camshaft.engine import (
     Callback,
@@ -14,6 +17,7 @@ from camshaft.engine import (
     FitStart,
     HandlerError,
     StepEnd,
+    at,
     every,
     until,
 )
@@ -127,21 +131,21 @@ def no_argument() -> None:
     """Take nothing."""
 
 
-def two_arguments(event: Event, extra: int) -> None:
+def event_and_extra(event: Event, extra: int) -> None:
     """Take too much."""
 
 
-async def asynchronous(event: Event) -> None:
+async def awaited(event: Event) -> None:
     """Would never be awaited."""
 
 
-@pytest.mark.parametrize("handler", [no_argument, two_arguments, asynchronous, Callback, "text", 3])
+@pytest.mark.parametrize("handler", [no_argument, event_and_extra, awaited, Callback, "text", 3])
 def test_a_handler_that_could_not_be_called_is_refused_when_subscribed(handler: Any) -> None:
     with pytest.raises(HandlerError, match=r"Write \"def \w+\(event: StepEnd\)\"\."):
         Engine().subscribe(StepEnd, handler)
 
 
-@pytest.mark.parametrize("handler", [functools.partial(two_arguments, extra=1), lambda *events: None, [].append])
+@pytest.mark.parametrize("handler", [functools.partial(event_and_extra, extra=1), lambda *events: None, [].append])
 def test_anything_that_takes_one_event_is_a_handler(handler: Any) -> None:
     Engine().subscribe(StepEnd, handler)
 
@@ -161,3 +165,83 @@ def test_stop_iteration_in_a_handler_is_an_error_like_any_other() -> None:
     with pytest.raises((StopIteration, RuntimeError)):
         engine.fit([1, 2], epochs=1)
     assert engine.step == 1
+
+
+def no_arguments() -> None: ...
+
+
+def two_arguments(event: StepEnd, step: int) -> None: ...
+
+
+def only_by_keyword(*, event: StepEnd) -> None: ...
+
+
+async def asynchronous(event: StepEnd) -> None: ...
+
+
+async def asynchronous_generator(event: StepEnd) -> Any:
+    yield event
+
+
+def generator(event: StepEnd) -> Iterator[StepEnd]:
+    yield event
+
+
+class AsynchronousObject:
+    async def __call__(self, event: StepEnd) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "phrase"),
+    [
+        (no_arguments, "no_arguments() takes no arguments, but a StepEnd handler receives the event"),
+        (two_arguments, "two_arguments() takes event, step, but"),
+        (only_by_keyword, "only_by_keyword() takes event, but"),
+        (asynchronous, "asynchronous() is async or a generator, so a call would not run it"),
+        (asynchronous_generator, "asynchronous_generator() is async or a generator"),
+        (AsynchronousObject(), "async"),
+        (generator, "generator() is async or a generator"),
+        (AsynchronousObject, "AsynchronousObject is not a function"),
+        ("print", "'print' is not a function"),
+        (None, "None is not a function"),
+    ],
+)
+def test_a_handler_that_cannot_take_one_event_is_refused_at_subscription(handler: Any, phrase: str) -> None:
+    with refused(HandlerError, phrase, "(event: StepEnd)"):
+        Engine().subscribe(StepEnd, handler)
+
+
+@pytest.mark.parametrize(
+    ("event", "phrase"),
+    [
+        ("step_end", "'step_end' is not an event class"),
+        (Event, "is not an event class"),
+        (int, "is not an event class"),
+        (None, "None is not an event class"),
+        (FitStart(Engine()), "is one event, not a class of them. Write FitStart."),
+    ],
+)
+def test_what_is_no_event_class_is_refused_at_subscription(event: Any, phrase: str) -> None:
+    with refused(HandlerError, phrase):
+        Engine().subscribe(event, print)
+
+
+def test_on_without_its_event_is_refused() -> None:
+    on: Any = Engine().on
+    with refused(HandlerError, "is not an event class"):
+
+        @on  # type: ignore[untyped-decorator]  # the mistake under test: @engine.on for @engine.on(StepEnd)
+        def handler(event: StepEnd) -> None: ...
+
+
+def test_an_error_in_a_handler_comes_out_with_handler_event_and_step() -> None:
+    def explode(event: StepEnd) -> None:
+        raise KeyError("my own mistake")
+
+    trainer = regression()
+    trainer.subscribe(StepEnd, explode, when=at(2))
+    with pytest.raises(KeyError, match="my own mistake") as caught:
+        trainer.fit(pairs(), epochs=1)
+    notes = " ".join(caught.value.__notes__)
+    assert re.search(r"explode, a handler of StepEnd, at step 2\.", notes)
+    assert "At step 2, batch 2 of epoch 1." in notes

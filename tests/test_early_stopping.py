@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import class_batches, make_trainer, run_script
+from helpers import class_batches, make_trainer, refused, run_script
 from torch import nn
 
 from camshaft.callbacks import EarlyStopping
@@ -189,3 +189,23 @@ def test_a_missing_value_is_an_error_and_not_a_silent_run_to_the_end() -> None:
     with pytest.raises(CamshaftError, match='Did you mean "val_loss"'):
         engine.fit([BATCH], [BATCH], epochs=9)
     assert steps == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"monitor": "accuracy"}, "'accuracy', which does not say of which stage"),
+        ({"monitor": "val_acc", "mode": "minimum"}, "mode='minimum'. Did you mean \"min\"?"),
+        ({"monitor": "val_acc", "mode": "auto"}, "mode='auto'"),
+        ({"monitor": "val_acc", "patience": -1}, "patience is -1"),
+        ({"monitor": "val_acc", "patience": 0}, "patience is 0"),
+        ({"monitor": "val_acc", "patience": 1.5}, "patience is 1.5"),
+        ({"monitor": "val_acc", "min_delta": -0.1}, "min_delta=-0.1"),
+        ({"monitor": "val_acc", "min_delta": math.nan}, "min_delta=nan"),
+        ({"monitor": "val_acc", "min_delta": "0.1"}, "min_delta='0.1'"),
+        ({"monitor": "val_acc", "on_nan": "ignore"}, "on_nan='ignore'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        EarlyStopping(**settings)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -530,3 +531,16 @@ def test_handlers_see_what_a_step_gives_to_its_metrics_and_else_what_it_returns(
     seen.clear()
     engine.fit([torch.ones(2)], epochs=1)
     assert seen == [{"loss": torch.tensor(2.0)}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"step": "train"}, "step is 'train', not a function"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        Engine(**settings)

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import loader_of, num_calls, pairs, refused, regression
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from camshaft.engine import ConfigurationError, DataError, Engine, repeat
+from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, repeat
 from camshaft.engine.data import check_data, num_batches
 from camshaft.engine.feed import Feed
 from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
@@ -245,3 +248,149 @@ def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCapt
     caplog.clear()
     read(DataLoader(Doubled(4), 2))
     assert not caplog.text
+
+
+class NoItems(IterableDataset[Tensor]):
+    """A stream that has ended before it began, and knows no length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+EMPTY: list[tuple[Any, str]] = [
+    ([], "is a list without a single batch"),
+    ((), "is a tuple without a single batch"),
+    (loader_of(3, batch_size=4, drop_last=True), "drop_last=True drops a last batch of fewer than 4"),
+    (DataLoader(NoItems(), batch_size=4), "is a DataLoader without a single batch"),
+    (lambda: iter(()), "without a single batch"),
+]
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize(("empty", "phrase"), EMPTY)
+def test_empty_data_are_refused_by_name(empty: Any, phrase: str, name: str) -> None:
+    data = {"train": pairs(1), "val": pairs(1)} | {name: empty}
+    trainer = regression()
+    with refused(DataError, f"{name} is", phrase):
+        trainer.fit(**data, epochs=1)
+    # A length tells beforehand; a stream has to be read.
+    known = isinstance(empty, list | tuple) or getattr(empty, "drop_last", False)
+    assert num_calls(trainer) == (0 if known or name == "train" else 1)
+
+
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+def test_empty_data_are_refused_outside_a_run_too(call: str) -> None:
+    with refused(DataError, "is a list without a single batch"):
+        getattr(regression(), call)([])
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize(
+    ("data", "phrase"),
+    [
+        (TensorDataset(torch.ones(4, 2)), "a TensorDataset, which is not an iterable of batches"),
+        ("train.csv", "a str, which is not an iterable of batches"),
+        (32, "an int, which is not an iterable of batches"),
+    ],
+)
+def test_what_gives_no_batches_is_refused_before_the_run(name: str, data: Any, phrase: str) -> None:
+    trainer = regression()
+    with refused(ConfigurationError, f"{name} is", phrase.partition(" ")[2]):
+        trainer.fit(**({"train": pairs(), "val": pairs()} | {name: data}), epochs=1)
+    assert num_calls(trainer) == 0
+
+
+def test_a_generator_is_refused_when_a_second_epoch_needs_it() -> None:
+    trainer = regression()
+    with refused(DataError, "train is a generator that is used up", "a function that returns it"):
+        trainer.fit((batch for batch in pairs()), epochs=2)
+    assert (trainer.epoch, num_calls(trainer)) == (2, 3)
+
+
+def test_a_generator_is_refused_when_a_second_validation_needs_it() -> None:
+    with refused(DataError, "val is a generator that is used up"):
+        regression().fit(pairs(), (batch for batch in pairs()), epochs=2)
+
+
+def test_a_function_that_returns_a_generator_serves_every_epoch() -> None:
+    trainer = regression()
+    history = trainer.fit(lambda: (batch for batch in pairs()), lambda: iter(pairs()), epochs=2)
+    assert history["step"] == [3, 6]
+    assert len(history["val_loss"]) == 2
+
+
+def test_a_generator_serves_one_epoch() -> None:
+    assert regression().fit((batch for batch in pairs()), epochs=1)["step"] == [3]
+
+
+def test_an_epoch_longer_than_known_data_is_refused_before_the_run() -> None:
+    trainer = regression()
+    with refused(DataError, "7", "epoch_length=10"):
+        trainer.fit(pairs(7), epochs=1, epoch_length=10)
+    assert num_calls(trainer) == 0
+
+
+def test_an_epoch_longer_than_a_stream_is_refused_where_the_stream_ends() -> None:
+    trainer = regression()
+    with refused(DataError, "Data ended after 7 steps of epoch 1, but epoch_length=10. Pass epoch_length=7"):
+        trainer.fit(lambda: iter(pairs(7)), epochs=1, epoch_length=10)
+    assert num_calls(trainer) == 7
+
+
+def test_data_are_repeated_on_request() -> None:
+    assert regression().fit(repeat(pairs(7)), epochs=2, epoch_length=10)["step"] == [10, 20]
+
+
+def test_more_steps_than_one_pass_take_further_epochs() -> None:
+    history = regression().fit(pairs(3), max_steps=7)
+    assert history["step"] == [3, 6, 7]
+    assert history.reason == "max_steps=7 reached"
+
+
+class BrokenSample(Dataset[tuple[Tensor, Tensor]]):
+    """Twelve samples, of which the ninth cannot be read."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 8:
+            raise OSError("image 8 is truncated")
+        return torch.ones(2), torch.ones(1)
+
+
+def test_a_sample_that_raises_is_told_with_its_place() -> None:
+    loader = DataLoader(BrokenSample(), batch_size=4)
+    trainer = regression()
+    with pytest.raises(OSError, match="image 8 is truncated") as caught:
+        trainer.fit(pairs(1), loader, epochs=1)
+    assert "While reading batch 3 of the val data in epoch 1." in caught.value.__notes__
+    with pytest.raises(OSError, match="image 8 is truncated") as caught:
+        trainer.fit(loader, epochs=1)
+    assert "While reading batch 3 of the train data in epoch 2." in caught.value.__notes__
+
+
+class DyingWorker(Dataset[tuple[Tensor, Tensor]]):
+    """Twelve samples; the process that reads sample ``at_index`` dies, as if it had run out of memory."""
+
+    def __init__(self, at_index: int) -> None:
+        self.at_index = at_index
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.at_index:
+            time.sleep(0.2)  # until the main process waits for the batch, or is at work on another one
+            os._exit(1)
+        return torch.ones(2), torch.ones(1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_worker_that_dies_is_told_with_the_likely_reason(batch: int) -> None:
+    loader = DataLoader(DyingWorker(at_index=4 * (batch - 1)), batch_size=4, num_workers=1)
+    trainer = regression()
+    trainer.subscribe(StepEnd, lambda event: time.sleep(5))  # torch interrupts it when a worker of its has died
+    with pytest.raises(RuntimeError, match="exited unexpectedly") as caught:
+        trainer.fit(loader, epochs=1)
+    assert "memory or shared memory; try num_workers=0" in " ".join(caught.value.__notes__)

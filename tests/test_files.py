@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import refused, struck
+from helpers import num_calls, pairs, refused, regression, struck
 
-from camshaft.callbacks import RunDirectory
+from camshaft.callbacks import BestCheckpoint, Report, RunDirectory, TensorBoard
 from camshaft.engine import (
+    Callback,
     ConfigurationError,
     Engine,
     directory_for,
@@ -111,12 +114,30 @@ def test_a_directory_that_cannot_be_made_is_refused_with_its_owner(tmp_path: Pat
 def test_a_handler_writes_where_it_wants_or_else_in_the_run_directory(tmp_path: Path) -> None:
     run_directory = RunDirectory(tmp_path / "runs")
     engine = Engine(callbacks=[run_directory])
-    assert directory_for(engine, "Mine", tmp_path / "own", within="ignored") == tmp_path / "own"
-    assert directory_for(engine, "Mine") == run_directory.path
-    assert directory_for(engine, "Mine", within="plots") == run_directory.path / "plots"
+    assert directory_for("Mine", tmp_path / "own", engine.directory, within="ignored") == tmp_path / "own"
+    assert directory_for("Mine", None, engine.directory) == run_directory.path
+    assert directory_for("Mine", None, engine.directory, within="plots") == run_directory.path / "plots"
     assert os.path.isdir(run_directory.path / "plots")
 
 
 def test_a_handler_without_a_directory_of_any_kind_is_told_the_two_ways_to_have_one() -> None:
     with refused(ConfigurationError, "Mine has nowhere to write.", "RunDirectory()"):
-        directory_for(Engine(), "Mine")
+        directory_for("Mine", None, Engine().directory)
+
+
+@pytest.mark.parametrize("make", [partial(BestCheckpoint, "val_loss", "min"), Report, TensorBoard])
+def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(
+    make: Callable[..., Callback], below_a_file: Path
+) -> None:
+    trainer = regression(callbacks=[make(directory=below_a_file)])
+    with refused(ConfigurationError, f"cannot write in {below_a_file}: Not a directory.", "that can be written"):
+        trainer.fit(pairs(), pairs(), epochs=1)
+    assert num_calls(trainer) == 0
+
+
+@pytest.mark.parametrize("make", [Report, TensorBoard])
+def test_a_handler_with_nowhere_to_write_says_so_before_the_first_step(make: Callable[[], Callback]) -> None:
+    trainer = regression(callbacks=[make()])
+    with refused(ConfigurationError, f"{make.__name__} has nowhere to write", "RunDirectory()"):
+        trainer.fit(pairs(), epochs=1)
+    assert num_calls(trainer) == 0

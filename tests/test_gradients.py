@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer, total_norm
+from helpers import Batch, class_batches, linear, make_trainer, refused, total_norm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -322,3 +324,27 @@ def test_a_window_in_bf16_gives_the_gradients_of_the_big_batch_to_its_tolerance(
     small, big = found
     torch.testing.assert_close(small, big, rtol=1e-2, atol=1e-3)
     assert max(grad.norm() for grad in big) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "phrase"),
+    [
+        (Accumulate, {}, "batches=None and samples=None"),
+        (Accumulate, {"batches": 4, "samples": 32}, "batches=4 and samples=32"),
+        (Accumulate, {"batches": 0}, "batches is 0"),
+        (Accumulate, {"batches": 2.5}, "batches is 2.5"),
+        (Accumulate, {"samples": -8}, "samples is -8"),
+        (ClipGradients, {}, "norm=None and value=None"),
+        (ClipGradients, {"norm": 1.0, "value": 1.0}, "norm=1.0 and value=1.0"),
+        (ClipGradients, {"norm": -1.0}, "limit of -1.0"),
+        (ClipGradients, {"norm": 0.0}, "limit of 0.0"),
+        (ClipGradients, {"norm": math.nan}, "limit of nan"),
+        (ClipGradients, {"norm": math.inf}, "limit of inf"),
+        (ClipGradients, {"value": "1"}, "limit of '1'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(
+    make: Callable[..., object], settings: dict[str, Any], phrase: str
+) -> None:
+    with refused(ConfigurationError, phrase):
+        make(**settings)

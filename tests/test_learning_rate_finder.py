@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -259,3 +259,16 @@ def test_a_finder_is_run_and_not_attached() -> None:
     engine = Engine(lambda engine, batch: {"samples": num_samples(batch)}, model=linear())
     with pytest.raises(ConfigurationError, match=r"LearningRateFinder.*Trainer.*\. [A-Z]"):
         LearningRateFinder().run(engine, class_batches(8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"min_lr": 1.0, "max_lr": 0.1}, "The range is 1.0 to 0.1"),
+        ({"num_steps": 1}, "num_steps is 1"),
+        ({"smoothing": 1.0}, "smoothing is 1.0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        LearningRateFinder(**settings)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
-from helpers import class_batches, make_trainer, refused
+import torch
+from helpers import class_batches, make_trainer, refused, regression
 
+from camshaft.callbacks import ClipGradients, EarlyStopping, ProgressBar
 from camshaft.engine import (
     Callback,
     ConfigurationError,
@@ -167,3 +169,24 @@ def test_after_the_counters_were_set_back_every_filter_is_asked_again() -> None:
     engine.listeners.rewind()
     engine.fit([1, 2, 3], epochs=1)
     assert steps == [2, 2]
+
+
+@pytest.mark.parametrize("make", [ProgressBar, partial(EarlyStopping, "val_loss"), partial(ClipGradients, 1.0)])
+def test_one_callback_attached_twice_is_refused(make: Callable[[], Callback]) -> None:
+    callback = make()
+    with refused(ConfigurationError, f"{callback!r} is attached twice"):
+        regression(callbacks=[callback, callback])
+
+
+@pytest.mark.parametrize(("scope", "hint"), [("foward", 'Did you mean "forward"?'), ("step", "Write")])
+def test_a_scope_that_does_not_exist_is_refused(scope: Any, hint: str) -> None:
+    with refused(ConfigurationError, f'"{scope}" is not a scope.', hint, "Write one of: fit, forward, evaluation"):
+        Engine().listeners.around(scope, lambda: torch.no_grad())
+
+
+@pytest.mark.parametrize("manager", [nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_a_context_manager_instead_of_a_function_that_makes_one_is_refused(manager: Any) -> None:
+    with refused(ConfigurationError, "forward"):
+        Engine().listeners.around(
+            "forward", manager
+        )  # one made beforehand serves once, but a scope is entered on each step

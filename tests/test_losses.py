@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from torch import Tensor
 
 from camshaft.engine import ConfigurationError, FocalLoss, SymmetricCrossEntropy, Trainer
@@ -68,3 +70,18 @@ def test_the_losses_train(loss_fn: Any) -> None:
     trainer = Trainer(model, torch.optim.Adam(model.parameters(), lr=0.05), loss_fn)
     losses = trainer.fit([(inputs, target)] * 30, epochs=2)["train_loss"]
     assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "phrase"),
+    [
+        (FocalLoss, {"alpha": 1.5}, "alpha is 1.5"),
+        (FocalLoss, {"gamma": -1.0}, "gamma is -1.0"),
+        (SymmetricCrossEntropy, {"beta": -1.0}, "beta is -1.0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(
+    make: Callable[..., object], settings: dict[str, Any], phrase: str
+) -> None:
+    with refused(ConfigurationError, phrase):
+        make(**settings)

@@ -9,10 +9,11 @@ from typing import Any
 import ignite.metrics
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, DictOutput, class_batches, linear, make_trainer, mean_error, pairs, refused, regression
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import (
+    BinaryAccuracy,
     MulticlassAccuracy,
     MulticlassAUROC,
     MulticlassConfusionMatrix,
@@ -22,6 +23,7 @@ from torchmetrics.wrappers import LambdaInputTransformer
 
 from camshaft.callbacks import Accumulate, EarlyStopping, Metrics
 from camshaft.engine import (
+    CamshaftError,
     ConfigurationError,
     DataError,
     Engine,
@@ -489,3 +491,44 @@ def test_a_name_beside_those_of_a_tuple_is_refused_before_the_first_step() -> No
         trainer.fit(TRAIN, VAL, epochs=1)
     assert trainer.step == 0
     make_trainer(EarlyStopping("val_m_macro", mode="max"), metrics={"m": several()}).fit(TRAIN, VAL, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"metrics": [BinaryAccuracy()]}, "each needs a name"),
+        ({"metrics": {"acc": BinaryAccuracy}}, "the class BinaryAccuracy. Did you forget ()?"),
+        ({"metrics": {"acc": "accuracy"}}, "'acc' is 'accuracy', which cannot be computed"),
+        ({"metrics": {"acc": lambda output: output}}, "'acc'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        Metrics(**settings)
+
+
+def test_one_metric_name_in_two_places_is_refused_at_attachment() -> None:
+    trainer = regression(metrics={"acc": mean_error})
+    with refused(ConfigurationError, 'Two metrics are named "acc"'):
+        trainer.attach(Metrics({"acc": BinaryAccuracy()}))
+
+
+@pytest.mark.parametrize("metric", [BinaryAccuracy(), mean_error])
+def test_a_value_recorded_under_the_name_of_a_metric_is_refused(metric: Any) -> None:
+    def step(engine: Engine, batch: Tensor) -> dict[str, Tensor]:
+        engine.measure(torch.ones(4), torch.ones(4, dtype=torch.int64), weight=4)
+        return {"acc": torch.tensor(0.5)}
+
+    engine = Engine(step, callbacks=[Metrics({"acc": metric})])
+    with pytest.raises(CamshaftError, match="acc"):
+        engine.fit([torch.ones(4)], epochs=1)
+
+
+def test_a_metric_cannot_read_an_output_of_several_parts() -> None:
+    trainer = regression(
+        DictOutput(),
+        loss_fn=lambda output, target: nn.functional.mse_loss(output["logits"], target),
+        metrics={"acc": BinaryAccuracy()},
+    )
+    with refused(DataError, "The metric 'acc' was given the model's output, a dict with keys logits, hidden"):
+        trainer.fit(pairs(), epochs=1)

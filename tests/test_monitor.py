@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import class_batches, linear, make_trainer, run_script
+from helpers import class_batches, linear, make_trainer, mean_error, num_calls, pairs, refused, regression, run_script
 from ignite.metrics import Accuracy as IgniteAccuracy
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassRecall
+from torchmetrics.classification import (
+    BinaryConfusionMatrix,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassRecall,
+)
 
-from camshaft.callbacks import Metrics
+from camshaft.callbacks import BestCheckpoint, EarlyStopping, Metrics
 from camshaft.callbacks.monitor import Mode, Monitor
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, ValidationEnd
 
@@ -190,3 +196,77 @@ def test_what_watches_is_named_in_the_list_of_handlers() -> None:
     ]  # fmt: skip
     assert lines.index(ValidationEnd.__name__) < lines.index(EpochEnd.__name__)
     assert FitStart.__name__ in lines
+
+
+Watcher = Callable[..., Callback]
+
+
+WATCHERS = [EarlyStopping, BestCheckpoint]
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize(
+    ("monitor", "nearest"), [("val_accuracy", "val_acc"), ("val_los", "val_loss"), ("train_ac", "train_acc")]
+)
+def test_a_watched_value_that_will_not_exist_is_told_before_the_run(
+    watcher: Watcher, monitor: str, nearest: str
+) -> None:
+    trainer = regression(metrics={"acc": mean_error}, callbacks=[watcher(monitor, mode="max")])
+    with refused(ConfigurationError, f'watches "{monitor}", but', f'Did you mean "{nearest}"?'):
+        trainer.fit(pairs(), pairs(), epochs=1)
+    assert num_calls(trainer) == 0
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_a_watched_value_unlike_any_other_is_answered_with_those_there_are(watcher: Watcher) -> None:
+    trainer = regression(callbacks=[watcher("val_f1", mode="max")])
+    with refused(ConfigurationError, 'watches "val_f1", but the values are: val_loss.'):
+        trainer.fit(pairs(), pairs(), epochs=1)
+    assert num_calls(trainer) == 0
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_a_validation_value_without_validation_data_is_told_before_the_run(watcher: Watcher) -> None:
+    trainer = regression(callbacks=[watcher("val_loss")])
+    with refused(ConfigurationError, 'watches "val_loss", but fit was given no validation data', '"train_loss"'):
+        trainer.fit(pairs(), epochs=1)
+    assert num_calls(trainer) == 0
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_a_direction_that_nobody_stated_is_asked_for_before_the_run(watcher: Watcher) -> None:
+    trainer = regression(metrics={"error": mean_error}, callbacks=[watcher("val_error")])
+    with refused(ConfigurationError, 'cannot know whether more or less of "val_error" is better', 'mode="max"'):
+        trainer.fit(pairs(), pairs(), epochs=1)
+    assert num_calls(trainer) == 0
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_a_value_that_a_step_of_ones_own_does_not_record_is_told_at_the_first_validation(watcher: Watcher) -> None:
+    engine = Engine(
+        lambda engine, batch: {"loss": 0.5, "acc": 0.5},
+        callbacks=[watcher("val_accuracy", mode="max")],
+        model=nn.Linear(2, 1),
+    )
+    with refused(ConfigurationError, "the values are: val_loss, val_acc.", 'Did you mean "val_acc"?'):
+        engine.fit([torch.ones(4, 2)], [torch.ones(4, 2)], epochs=5)
+    assert (engine.epoch, engine.num_validations) == (1, 1)
+
+
+def test_a_value_that_a_loop_of_ones_own_does_not_record_is_told_at_the_first_epochs_end() -> None:
+    engine = Engine(callbacks=[EarlyStopping("train_acc", mode="max")])
+    with refused(ConfigurationError, 'EarlyStopping watches "train_acc", but the values are: train_loss'):
+        for _ in engine.epochs(5):
+            for _ in engine.train([torch.ones(4, 2)]):
+                engine.record(loss=0.5)
+    assert engine.epoch == 1
+
+
+def test_a_watched_value_must_be_a_single_number() -> None:
+    trainer = regression(
+        loss_fn=nn.BCEWithLogitsLoss(),
+        metrics={"confusion": BinaryConfusionMatrix()},
+        callbacks=[EarlyStopping("val_confusion", mode="max")],
+    )
+    with refused(ConfigurationError, 'watches "val_confusion", which has shape [2, 2]'):
+        trainer.fit(pairs(), pairs(), epochs=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,3 +234,15 @@ def test_a_run_that_was_cut_leaves_no_flag_to_the_next() -> None:
     trainer.fit([(inputs * math.nan, target) for inputs, target in data], epochs=1)
     trainer.fit(data, epochs=1)
     assert (trainer.num_updates, trainer.num_skipped_updates) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"policy": "warn"}, "does not know 'warn'"),
+        ({"every_steps": 0}, "every_steps is 0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        StopOnNonFinite(**settings)

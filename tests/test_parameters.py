@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import class_batches
+from helpers import class_batches, refused
 from torch import nn
 
 from camshaft.engine import ConfigurationError, Trainer, decay_groups
@@ -147,3 +147,15 @@ def test_a_decay_that_is_no_number_of_at_least_zero_is_refused(weight_decay: Any
     """Also the string that YAML makes of 1e-5."""
     with pytest.raises(ConfigurationError, match=r"^weight_decay is .*\. Pass a .*number"):
         decay_groups(network(), weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"model": nn.Linear(2, 1), "weight_decay": -1e-5}, "weight_decay is -1e-05"),
+        ({"model": nn.Linear(2, 1), "weight_decay": 0.1, "which": "weight"}, "Pass a list: ['weight']"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        decay_groups(**settings)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from helpers import CountingModel, pairs, regression
 from torch import nn
 
-from camshaft.engine import Engine
+from camshaft.engine import Engine, StepEnd
 from camshaft.engine.parts import Parts
 
 
@@ -51,3 +54,24 @@ def test_a_part_may_be_added_after_the_engine_was_made() -> None:
     engine = Engine(model=nn.Linear(2, 1))
     engine.parts["ema"] = nn.Linear(2, 1)
     assert list(engine.parts.modules()) == ["model", "ema"]
+
+
+def test_a_model_left_in_eval_mode_trains_and_is_given_back_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "camshaft")
+    trainer = regression(CountingModel().eval())
+    modes: list[bool] = []
+    trainer.subscribe(StepEnd, lambda event: modes.append(trainer.parts["model"].training))
+    trainer.fit(pairs(2), pairs(), epochs=2)
+    assert (modes, trainer.parts["model"].training) == ([True] * 4, False)
+    assert "The model was in eval mode" in caplog.text
+
+
+def test_a_model_in_eval_mode_is_given_back_as_it_was_also_after_an_error() -> None:
+    def explode(event: StepEnd) -> None:
+        raise ZeroDivisionError
+
+    trainer = regression(CountingModel().eval())
+    trainer.subscribe(StepEnd, explode)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(pairs(), epochs=1)
+    assert not trainer.parts["model"].training

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import class_batches, linear, make_trainer
+from helpers import class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,3 +164,22 @@ def test_the_model_is_on_the_gpu_before_the_run_and_predictions_are_on_the_cpu()
     trainer.fit(class_batches(8), epochs=1)
     assert places == [torch.device("cuda:0")]
     assert trainer.predict(class_batches(8)).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"device": "cuda:99"}, "Device 'cuda:99' is not here"),
+        ({"device": "gpu"}, "Device 'gpu' is not here"),
+        ({"device": ""}, "Device '' is not here"),
+        ({"device": None}, "Device 'None' is not here"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        Placement(**settings)
+
+
+def test_a_device_that_is_not_there_is_answered_with_those_that_are() -> None:
+    with refused(ConfigurationError, "cpu", '"auto"'):
+        Placement("cuda:99")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, num_calls, pairs, refused, regression
 from torch import Tensor, nn
 
 from camshaft.callbacks import Accumulate, ClipGradients, MixedPrecision, Placement
@@ -245,3 +245,22 @@ def test_resumed_runs_keep_the_scaler_of_the_first_fit() -> None:
     trainer.fit(class_batches(64), epochs=1)
     assert scaler is not None
     assert trainer.update.scaler is scaler
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"precision": "fp8"}, "does not know 'fp8'"),
+        ({"precision": "float16"}, "does not know 'float16'"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        MixedPrecision(**settings)
+
+
+def test_fp16_on_the_cpu_is_refused_before_the_model_sees_a_batch() -> None:
+    trainer = regression(callbacks=[MixedPrecision("fp16")])
+    with refused(ConfigurationError, "on the CPU, which has no fp16 training", 'MixedPrecision("bf16")'):
+        trainer.fit(pairs(), epochs=1)
+    assert num_calls(trainer) == 0

@@ -19,14 +19,15 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
 import torch
-from helpers import class_batches, make_trainer, run_python
+from helpers import class_batches, make_trainer, refused, run_python
 
 from camshaft.callbacks import ProgressBar
-from camshaft.engine import Engine, StepEnd, ValidationStepEnd, at
+from camshaft.engine import ConfigurationError, Engine, StepEnd, ValidationStepEnd, at
 
 BATCH = torch.zeros(1)
 SCRIPT = """
@@ -357,3 +358,15 @@ def test_a_reader_that_went_away_does_not_end_the_training() -> None:
     """train.py 2>&1 | head, or a closed terminal: showing progress is not worth a run."""
     run = run_python(CLOSED)
     assert run.stdout == "5\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"repaint_seconds": 0}, "every_seconds(0)"),
+        ({"line_seconds": -1}, "every_seconds(-1)"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        ProgressBar(**settings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers import Batch, class_batches, make_trainer
+from helpers import Batch, class_batches, make_trainer, refused, regression
 from torch import Tensor, nn
 
 from camshaft.callbacks import Accumulate, FreezeUntil, Penalty
@@ -261,3 +264,37 @@ def test_an_epoch_that_cannot_be_is_refused_when_made(epoch: Any) -> None:
     """From epoch 1 on they would never have been frozen."""
     with pytest.raises(ConfigurationError, match=r"^FreezeUntil's epoch is .*\. Pass a whole number of at least 2\.$"):
         FreezeUntil(epoch, ["0.*"])
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "phrase"),
+    [
+        (Penalty, {}, "l1=0.0 and l2=0.0"),
+        (Penalty, {"l1": -1.0}, "l1=-1.0 and l2=0.0"),
+        (Penalty, {"l2": math.nan}, "l2=nan"),
+        (Penalty, {"l2": math.inf}, "l2=inf"),
+        (FreezeUntil, {"epoch": 1, "parameters": ["weight"]}, "epoch is 1"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(
+    make: Callable[..., object], settings: dict[str, Any], phrase: str
+) -> None:
+    with refused(ConfigurationError, phrase):
+        make(**settings)
+
+
+@pytest.mark.parametrize("make", [partial(Penalty, l2=0.1), partial(FreezeUntil, 2)])
+@pytest.mark.parametrize(
+    ("parameters", "phrase"),
+    [
+        (["wieght"], 'No parameter matches "wieght". Did you mean "weight"? Parameters: weight, bias.'),
+        (["encoder.*"], 'No parameter matches "encoder.*". Parameters: weight, bias.'),
+        ("weight", "parameters is the string 'weight'. Pass a list: ['weight']."),
+        (lambda name, parameter: False, "No parameter was chosen"),
+    ],
+)
+def test_parameters_that_the_model_does_not_have_are_told_at_attachment(
+    make: Callable[..., Callback], parameters: object, phrase: str
+) -> None:
+    with refused(ConfigurationError, phrase):
+        regression(callbacks=[make(parameters=parameters)])

@@ -1,4 +1,4 @@
-"""Names that an engine had earlier: each is refused with the new one, and is out of sight."""
+"""Names from earlier versions: each is refused with the new one, and is not in ``dir()``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from camshaft.engine import Engine
-from camshaft.engine.renamed import MOVED
+from camshaft.engine.renamed import OF_ENGINE, OF_UPDATE
 
 DOCS = Path(__file__).parent.parent / "docs" / "engine.md"
 
@@ -17,17 +17,25 @@ def public_names() -> set[str]:
     return {name for name in dir(Engine()) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize(("old", "new"), MOVED.items())
-def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
-    message = f"engine.{old} was renamed. Write {new}."
-    with pytest.raises(AttributeError, match=f"^{re.escape(message)}$"):
-        getattr(Engine(), old)
+ENGINE = Engine()
+OLD = [(ENGINE, "engine", *names) for names in OF_ENGINE.items()]
+OLD += [(ENGINE.update, "engine.update", *names) for names in OF_UPDATE.items()]  # type: ignore[list-item]  # an Update
 
 
-@pytest.mark.parametrize("old", MOVED)
-def test_an_old_name_is_none_of_the_engines(old: str) -> None:
-    assert old not in dir(Engine())
-    assert not hasattr(Engine(), old)
+@pytest.mark.parametrize(("owner", "name", "old", "new"), OLD)
+def test_an_old_name_is_refused_with_the_new_one(owner: object, name: str, old: str, new: str) -> None:
+    """When it is read, and when it is set, which would otherwise be without effect."""
+    message = re.escape(f"{name}.{old} was renamed. Write {new}.")
+    with pytest.raises(AttributeError, match=f"^{message}$"):
+        getattr(owner, old)
+    with pytest.raises(AttributeError, match=f"^{message}$"):
+        setattr(owner, old, 2)
+
+
+@pytest.mark.parametrize(("owner", "name", "old", "new"), OLD)
+def test_an_old_name_is_not_one_of_the_names_of_its_owner(owner: object, name: str, old: str, new: str) -> None:
+    assert old not in dir(owner)
+    assert not hasattr(owner, old)
 
 
 def test_a_name_that_an_engine_never_had_is_an_ordinary_attribute_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import class_batches, documented_events, make_trainer, refused
+from helpers import class_batches, documented_events, make_trainer, pairs, refused, regression
 from torch import Tensor
 
 import camshaft.engine
@@ -432,3 +433,47 @@ def test_a_failure_is_the_reason_with_its_kind() -> None:
 
 def test_a_loop_that_was_left_is_the_reason_with_its_epoch() -> None:
     assert after_a_loop_that_was_left().history.reason == "the loop was left in epoch 1"
+
+
+def test_a_second_fit_goes_on_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "camshaft")
+    trainer = regression()
+    trainer.fit(pairs(), epochs=2)
+    assert "Going on" not in caplog.text
+    trainer.fit(pairs(), epochs=2)
+    assert "Going on from epoch 2, step 6." in caplog.text
+    assert trainer.history["epoch"] == [1, 2, 3, 4]
+    assert trainer.history["step"] == [3, 6, 9, 12]
+
+
+def test_a_run_within_a_run_is_refused_and_leaves_the_engine_usable() -> None:
+    trainer = regression()
+    nested = trainer.subscribe(EpochEnd, lambda event: trainer.fit(pairs(), epochs=1))
+    with refused(EngineStateError, "already running"):
+        trainer.fit(pairs(), epochs=2)
+    nested.cancel()
+    trainer.fit(pairs(), epochs=2)
+    assert trainer.history.reason == "2 epochs done"
+
+
+def test_a_loop_within_a_loop_is_refused() -> None:
+    engine = Engine()
+    for _ in engine.epochs(1):
+        with refused(EngineStateError, "already running"):
+            next(iter(engine.epochs(1)))
+        assert len(list(engine.train([1, 2]))) == 2
+
+
+OUTSIDE: list[tuple[Callable[[Engine], object], str]] = [
+    (lambda engine: engine.stop("enough"), "engine.stop was called outside a run"),
+    (lambda engine: next(iter(engine.train([1]))), "engine.train was called outside a run"),
+    (lambda engine: next(iter(engine.validate([1]))), "engine.validate was called outside a run"),
+    (lambda engine: engine.record(loss=0.5, weight=1), "recorded outside a stage"),
+    (lambda engine: engine.measure(torch.ones(1), torch.ones(1), weight=1), "recorded outside a stage"),
+]
+
+
+@pytest.mark.parametrize(("call", "phrase"), OUTSIDE)
+def test_a_call_that_needs_a_run_says_so_outside_of_one(call: Callable[[Engine], object], phrase: str) -> None:
+    with refused(EngineStateError, phrase):
+        call(Engine())

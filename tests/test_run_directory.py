@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import class_batches, make_trainer, run_python
+from helpers import class_batches, make_trainer, refused, regression, run_python
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from camshaft.callbacks import BestCheckpoint, EarlyStopping, ProgressBar, RunCheckpoint, RunDirectory
@@ -495,3 +495,20 @@ def test_the_name_of_an_earlier_directory_that_leads_elsewhere_is_not_followed(
         assert run.path == path
     assert path.is_dir()
     assert caplog.text.count("The directory of the resumed run is not in") == 2
+
+
+@pytest.mark.parametrize("settings", ["fast", 3, ["lr", 0.1]])
+def test_settings_of_a_run_need_names(settings: object, tmp_path: Path) -> None:
+    with refused(ConfigurationError, f"settings is {settings!r}"):
+        RunDirectory(tmp_path, settings=settings)
+
+
+def test_two_run_directories_are_refused(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path)
+    with refused(ConfigurationError, "has a RunDirectory already"):
+        regression(callbacks=[first, RunDirectory(tmp_path)])
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_where_it_is_written(below_a_file: Path) -> None:
+    with refused(ConfigurationError, f"RunDirectory cannot write in {below_a_file}: Not a directory."):
+        RunDirectory(below_a_file)

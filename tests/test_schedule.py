@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, num_calls, pairs, refused, regression
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 
@@ -65,8 +66,8 @@ def halve(every: int = 1) -> MakeScheduler:
 
 
 def assert_same_weights(trainer: Engine, loop: TorchLoop) -> None:
-    pairs = zip(trainer.parts["model"].parameters(), loop.model.parameters(), strict=True)
-    assert all(torch.equal(mine, other) for mine, other in pairs)
+    both = zip(trainer.parts["model"].parameters(), loop.model.parameters(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in both)
 
 
 SCHEDULES: list[tuple[str, MakeScheduler]] = [
@@ -535,3 +536,44 @@ def test_warmup_cosine_refuses_what_cannot_work(arguments: dict[str, Any]) -> No
     optimizer = torch.optim.SGD(linear().parameters(), lr=0.1)
     with pytest.raises(ConfigurationError, match=r"(warmup|total|start_factor|min_lr).*\. Pass "):
         warmup_cosine(optimizer, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "phrase"),
+    [
+        (Schedule, {"scheduler": StepLR}, "StepLR'>, which is no scheduler"),
+        (Schedule, {"scheduler": "cosine"}, "'cosine', which is no scheduler"),
+        (Schedule, {"scheduler": lambda optimizer: StepLR(optimizer, 1), "per": "batch"}, "per='batch'"),
+        (warmup_cosine, {"optimizer": None, "warmup": -1, "total": 10}, "warmup is -1"),
+        (warmup_cosine, {"optimizer": None, "warmup": 10, "total": 10}, "leaves nothing of total=10"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(
+    make: Callable[..., object], settings: dict[str, Any], phrase: str
+) -> None:
+    with refused(ConfigurationError, phrase):
+        make(**settings)
+
+
+OTHER = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "phrase"),
+    [
+        (Schedule(StepLR(OTHER, 1)), "over another optimizer than the run's"),
+        (Schedule(partial(StepLR, step_size=1), monitor="val_loss"), "StepLR and monitor='val_loss'"),
+        (Schedule(lambda optimizer: ReduceLROnPlateau(optimizer)), "ReduceLROnPlateau and monitor=None"),
+        (Schedule(lambda optimizer: None), "None"),  # type: ignore[arg-type, return-value]  # the mistake under test
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_refused_at_attachment(schedule: Schedule, phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        regression(callbacks=[schedule])
+
+
+def test_a_value_that_a_schedule_waits_for_and_will_not_exist_is_told_before_the_run() -> None:
+    trainer = regression(callbacks=[Schedule(lambda o: ReduceLROnPlateau(o), monitor="val_los")])
+    with refused(ConfigurationError, 'Schedule watches "val_los", but', 'Did you mean "val_loss"?'):
+        trainer.fit(pairs(), pairs(), epochs=1)
+    assert num_calls(trainer) == 0

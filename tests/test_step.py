@@ -6,10 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer, refused
+from helpers import (
+    Batch,
+    DictOutput,
+    class_batches,
+    linear,
+    loader_of,
+    make_trainer,
+    pairs,
+    refused,
+    regression,
+)
 from torch import nn
 
-from camshaft.engine import ConfigurationError, Engine, FunctionStep, Step, SupervisedStep, Trainer, num_samples
+from camshaft.engine import (
+    ConfigurationError,
+    DataError,
+    Engine,
+    FunctionStep,
+    Step,
+    SupervisedStep,
+    Trainer,
+    num_samples,
+)
 
 
 class Doubled:
@@ -123,3 +142,55 @@ def test_the_trainers_step_uses_the_parts_that_the_engine_has_now() -> None:
     trainer = make_trainer()
     trainer.parts["loss_fn"] = lambda output, target: output.pow(2).mean() + 7
     assert trainer.fit(class_batches(4), epochs=1)["train_loss"][0] > 7
+
+
+def test_a_fit_without_a_step_is_refused() -> None:
+    with refused(ConfigurationError, "This engine has no step"):
+        Engine().fit([torch.ones(2)], epochs=1)
+
+
+def test_a_last_batch_of_one_with_batch_normalisation_is_answered_with_drop_last() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    trainer = regression(model)
+    with refused(DataError, "a batch of one sample at step 3", "drop_last=True"):
+        trainer.fit(loader_of(9, batch_size=4), epochs=1)
+    trainer.fit(loader_of(9, batch_size=4, drop_last=True), epochs=1)
+
+
+def test_an_output_that_the_loss_cannot_take_is_described() -> None:
+    with refused(DataError, "The loss MSELoss could not take the output, dict with keys logits, hidden", "loss_fn="):
+        regression(DictOutput()).fit(pairs(), epochs=1)
+
+
+X, Y = torch.ones(4, 2), torch.ones(4, 1)
+
+
+def test_shapes_that_the_loss_cannot_take_are_described() -> None:
+    with refused(DataError, "NLLLoss could not take the output, Tensor [4, 1], and the target, Tensor [3]"):
+        regression(loss_fn=nn.NLLLoss()).fit([(X, torch.zeros(3, dtype=torch.int64))], epochs=1)
+
+
+def test_a_step_that_returns_nothing_records_nothing() -> None:
+    seen: list[int] = []
+
+    def step(engine: Engine, batch: int) -> None:
+        seen.append(batch)
+
+    history = Engine(step).fit([1, 2, 3], epochs=1)
+    assert (seen, list(history)) == ([1, 2, 3], ["epoch", "step"])
+
+
+@pytest.mark.parametrize(
+    ("output", "phrase"),
+    [
+        (0.5, "The step returned 0.5, of type float. Return None, a tensor, or a dict"),
+        ((X, Y), "of type tuple"),
+        (torch.ones(8), "loss has shape [8], but a recorded value is one number"),
+        ({"acc": torch.ones(8)}, "acc has shape [8], but a recorded value is one number. Reduce it: acc.mean()."),
+        ({"acc": "good"}, "acc is 'good', which is not a number"),
+        ({"acc": None}, "acc is None, which is not a number"),
+    ],
+)
+def test_a_step_that_returns_what_cannot_be_recorded_is_refused(output: Any, phrase: str) -> None:
+    with refused(DataError, phrase):
+        Engine(lambda engine, batch: output).fit([X], epochs=1)

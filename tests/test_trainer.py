@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import mean_error, num_calls, pairs, refused, regression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import BinaryAccuracy
 
-from camshaft.callbacks import Accumulate
+from camshaft.callbacks import Accumulate, ProgressBar
 from camshaft.engine import ConfigurationError, DataError, Engine, Trainer
 
 
@@ -151,3 +153,62 @@ def test_the_script_style_can_use_the_trainers_own_step() -> None:
         for batch in trainer.validate(data(inputs(), CLASSES)):
             step.evaluate(trainer, batch)
     assert len(trainer.history["val_loss"]) == 2
+
+
+TRAINERS: list[tuple[dict[str, Any], str]] = [
+    ({"model": nn.Linear}, "model is the class Linear, not an instance. Did you forget ()?"),
+    ({"model": "resnet18"}, "model is 'resnet18', of type str"),
+    ({"optimizer": torch.optim.SGD}, "optimizer is the class SGD, not an instance. Did you forget ()?"),
+    ({"optimizer": "adam"}, "optimizer is 'adam', of type str"),
+    ({"loss_fn": nn.MSELoss}, "loss_fn is the class MSELoss, not an instance. Did you forget ()?"),
+    ({"loss_fn": "mse"}, "loss_fn is 'mse', which cannot be called"),
+    ({"metrics": [mean_error]}, "each needs a name"),
+    ({"metrics": {"acc": BinaryAccuracy}}, "Did you forget ()?"),
+    ({"metrics": {"loss": mean_error}}, 'Two metrics are named "loss"'),
+    ({"seed": "0"}, "seed is '0'"),
+    ({"callbacks": [ProgressBar]}, "the class ProgressBar, not an instance. Did you forget ()?"),
+    ({"callbacks": ["early_stopping"]}, "'early_stopping', which is not a Callback"),
+    ({"callbacks": [print]}, "which is not a Callback"),
+    ({"callbacks": [None]}, "None, which is not a Callback"),
+    ({"callbacks": ProgressBar()}, "callbacks is"),
+    ({"callbacks": "early_stopping"}, "callbacks is 'early_stopping'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "phrase"), TRAINERS)
+def test_a_trainer_refuses_a_part_of_the_wrong_kind(arguments: dict[str, Any], phrase: str) -> None:
+    model = nn.Linear(2, 1)
+    fitting: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss_fn": nn.MSELoss(),
+    }
+    with refused(ConfigurationError, phrase):
+        Trainer(**(fitting | arguments))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with refused(ConfigurationError, "holds none of the model's parameters"):
+        regression(optimizer=torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+
+
+def test_an_optimizer_that_lacks_some_parameters_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(2, 1)
+    regression(model, optimizer=torch.optim.SGD([model.weight], lr=0.1))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 of 2 trainable parameters are not in the optimizer and will not learn: bias." in caplog.text
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    with refused(ConfigurationError, "LBFGS evaluates the loss several times per step"):
+        regression(model, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.nan, math.inf])
+def test_a_learning_rate_that_cannot_work_is_refused_before_the_run(rate: float) -> None:
+    trainer = regression()
+    trainer.parts["optimizer"].param_groups[0]["lr"] = rate  # as by a schedule or by --lr; torch lets NaN through
+    with refused(ConfigurationError, f"learning rate of parameter group 0 is {rate}"):
+        trainer.fit(pairs(), epochs=1)
+    assert num_calls(trainer) == 0

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer, total_norm
+from helpers import (
+    Batch,
+    CountingModel,
+    class_batches,
+    linear,
+    make_trainer,
+    num_calls,
+    pairs,
+    refused,
+    regression,
+    total_norm,
+)
 from torch import Tensor, nn
 
 from camshaft.callbacks import (
@@ -654,3 +665,49 @@ def test_an_optimizer_that_clears_gradients_in_its_own_way_is_asked_to() -> None
     engine = Engine(train_step, model=model, optimizer=Keeping(model.parameters(), lr=0.1))
     engine.fit(class_batches(4), epochs=1)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_an_update_without_an_optimizer_names_the_parts_there_are() -> None:
+    model = nn.Linear(2, 1)
+    engine = Engine(lambda engine, batch: engine.update(model(batch).sum()), model=model)
+    with refused(EngineStateError, "part named optimizer, but the parts are: model"):
+        engine.fit([torch.ones(4, 2)], epochs=1)
+
+
+def detached(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(output.detach(), target)
+
+
+LOSSES: list[tuple[Callable[..., Any], str]] = [
+    (nn.MSELoss(reduction="none"), "The loss has shape [4, 1], but it must be one number. Reduce it: loss.mean()."),
+    (lambda output, target: nn.functional.mse_loss(output, target).item(), "of type float, which has no gradient"),
+    (lambda output, target: None, "The loss is None, of type NoneType"),
+    (lambda output, target: {"loss": output.mean()}, "of type dict"),
+    (detached, "The loss does not depend on any trainable parameter (weight, bias ...)"),
+    (lambda output: output.detach().mean(), "Look for .detach(), .item(), argmax or torch.no_grad()"),
+]
+
+
+@pytest.mark.parametrize(("loss_fn", "phrase"), LOSSES)
+def test_a_loss_that_cannot_be_trained_on_is_refused_before_an_update(
+    loss_fn: Callable[..., Any], phrase: str
+) -> None:
+    trainer = regression(loss_fn=loss_fn)
+    with refused(DataError, phrase):
+        trainer.fit(pairs(), epochs=1)
+    assert (num_calls(trainer), trainer.num_updates) == (1, 0)
+
+
+def test_a_model_frozen_throughout_is_told_by_its_parameters() -> None:
+    trainer = regression(CountingModel().requires_grad_(False))
+    with refused(DataError, "No parameter of the model is trainable (frozen: weight, bias ...)", "requires_grad"):
+        trainer.fit(pairs(), epochs=1)
+    assert trainer.num_updates == 0
+
+
+def test_an_update_in_a_step_of_ones_own_checks_the_loss_as_well() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(lambda engine, batch: engine.update(model(batch)), model=model, optimizer=optimizer)
+    with refused(DataError, "The loss has shape [4, 1]"):
+        engine.fit([torch.ones(4, 2)], epochs=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Batch, class_batches, linear, make_trainer
+from helpers import Batch, class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -374,3 +375,18 @@ def test_updates_of_another_module_are_no_updates_of_the_model() -> None:
     engine = Engine(step, model=model, critic=critic, callbacks=[WeightAverage("swa", every=2)], **parts)
     engine.fit(class_batches(*[8] * 6), epochs=1)
     assert int(engine.parts["weight_average"].n_averaged) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"kind": "mean"}, "does not know 'mean'"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"decay": math.nan}, "decay=nan"),
+        ({"every": 0}, "every is 0"),
+        ({"start": -1}, "start is -1"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        WeightAverage(**settings)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from helpers import refused
 
-from camshaft.engine import ConfigurationError, after, at, every, every_seconds, until
+from camshaft.engine import ConfigurationError, Engine, StepEnd, after, at, every, every_seconds, until
 from camshaft.engine.when import NEVER, as_when
 
 
@@ -60,3 +63,42 @@ def test_what_is_no_filter_is_refused(bad: object) -> None:
 def test_a_function_of_the_count_is_a_filter() -> None:
     filter_ = as_when(lambda count: count % 2 == 1)
     assert [count for count in range(1, 6) if filter_(count)] == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "phrase"),
+    [
+        (every, {"n": 0}, "got every(0)"),
+        (every, {"n": -3}, "got every(-3)"),
+        (every, {"n": 1.5}, "got every(1.5)"),
+        (every, {"n": "2"}, "got every('2')"),
+        (every, {"n": True}, "got every(True)"),
+        (at, {"n": 0}, "got at(0)"),
+        (after, {"n": -1}, "got after(-1)"),
+        (until, {"n": 0}, "got until(0)"),
+        (every_seconds, {"seconds": 0}, "got every_seconds(0)"),
+        (every_seconds, {"seconds": -1.0}, "got every_seconds(-1.0)"),
+        (every_seconds, {"seconds": math.nan}, "got every_seconds(nan)"),
+        (every_seconds, {"seconds": "1"}, "got every_seconds('1')"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_where_it_is_written(
+    make: Callable[..., object], settings: dict[str, Any], phrase: str
+) -> None:
+    with refused(ConfigurationError, phrase):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("when", "phrase"),
+    [
+        (100, "when=100 is not a filter. Write every(100), at(100)"),
+        (0.5, "when=0.5 is not a filter"),
+        ("every 100", "when='every 100' is not a filter"),
+        (every, "when=every is a class, not a filter. Write every(...)"),
+        (lambda: True, "when="),
+    ],
+)
+def test_a_when_that_is_no_filter_is_refused_at_subscription(when: Any, phrase: str) -> None:
+    with refused(ConfigurationError, phrase):
+        Engine().subscribe(StepEnd, print, when=when)
