@@ -49,7 +49,7 @@ class BestCheckpoint(Callback):
     state of that moment of the part ``optimizer``, if there is one. With ``top_k > 1`` the runners-up are kept under
     names that tell value, epoch and step.
 
-    A new file is whole and on the disk before an old one goes; a failed write warns, and training goes on with
+    A new file is whole and on the disk before an old one goes; a failed write warns, and training continues with
     the old file. Of two equal values the earlier is better. NaN is never best. A resumed run goes on with what is
     kept; it warns and begins anew if the best weights are not in its directory.
 
@@ -151,7 +151,7 @@ class BestCheckpoint(Callback):
             weights: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"{self.path} cannot be loaded: {error!r}. Train again, or load another file by yourself."
+                f"{self.path} cannot be loaded: {error!r}. Train again, or load another file yourself."
             ) from error
         return weights
 
@@ -188,7 +188,7 @@ class BestCheckpoint(Callback):
         try:
             save_together(files)
         except OSError as error:
-            logger.warning("BestCheckpoint could not write in %s: %s. The files before stay, and training goes on.",
+            logger.warning("BestCheckpoint could not write in %s: %s. The earlier files stay, and training continues.",
                            directory, error.strerror or error)  # fmt: skip
             return False
         return True
@@ -215,7 +215,7 @@ class BestCheckpoint(Callback):
         self.kept, self._in_memory = kept, state["in_memory"]
         self._write_from_memory()
         if kept and not self._has_weights():
-            logger.warning("The best weights of the resumed run are not in %s. BestCheckpoint begins anew.",
+            logger.warning("The best weights of the resumed run are not in %s. BestCheckpoint starts again.",
                            self.directory or "its checkpoint")  # fmt: skip
             self.kept = []
 

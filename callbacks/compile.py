@@ -46,7 +46,7 @@ class Compile(Callback):
         for name in self.parts:
             if name not in modules:
                 raise ConfigurationError(
-                    f'Compile is to compile "{name}", but the modules of the run are: {", ".join(modules) or "none"}. '
+                    f'Compile should compile "{name}", but the modules are: {", ".join(modules) or "none"}. '
                     f"{did_you_mean(name, modules)}Name parts of the engine that are modules."
                 )
             if isinstance(getattr(modules[name], "_orig_mod", None), nn.Module):

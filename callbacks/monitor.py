@@ -21,7 +21,7 @@ class Monitor:
     def __init__(self, owner: str, monitor: str, mode: Mode | None) -> None:
         if not isinstance(monitor, str) or not monitor.startswith(("train_", "val_")):
             raise ConfigurationError(
-                f"{owner} watches {monitor!r}, which does not say of which stage. "
+                f"{owner} watches {monitor!r}, which does not name a stage. "
                 f'Write "val_{monitor}" or "train_{monitor}".'
             )
         if mode not in (None, "min", "max"):
@@ -82,7 +82,7 @@ class Monitor:
             higher = engine.stages.higher_is_better(self.name)
             if higher is None:
                 raise ConfigurationError(
-                    f'{self.owner} cannot know whether more or less of "{self.name}" is better. '
+                    f'{self.owner} cannot know whether a higher or a lower "{self.name}" is better. '
                     'Write mode="max" or mode="min".'
                 )
             self.mode = "max" if higher else "min"

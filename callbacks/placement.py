@@ -59,7 +59,7 @@ def _find(device: str | torch.device) -> torch.device:
         wanted = None
     if wanted is None or not _exists(wanted):
         raise ConfigurationError(
-            f"Device {str(device)!r} is not here. "
+            f"Device {str(device)!r} does not exist on this machine. "
             f'Write one of {", ".join(available)}, or "auto" for the first of them.'
         )
     return wanted

@@ -95,7 +95,7 @@ class FreezeUntil(Callback):
             held = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
             if missing := [name for name, parameter in self._chosen.items() if id(parameter) not in held]:
                 raise ConfigurationError(
-                    f"FreezeUntil is to thaw {', '.join(missing[:5])}, which the optimizer does not hold. "
+                    f"FreezeUntil should unfreeze {', '.join(missing[:5])}, which the optimizer does not hold. "
                     "Build the optimizer over all parameters that will ever learn."
                 )
 

@@ -103,7 +103,7 @@ class RunCheckpoint(Callback):
         if self.checkpoints.files() and not self._owns and not event.engine.run.is_resuming:
             raise ConfigurationError(
                 f"{self.checkpoints.path} holds checkpoints of an earlier run. "
-                'Go on with it by fit(..., resume="auto"), or pass another directory.'
+                'Continue it with fit(..., resume="auto"), or pass another directory.'
             )
         self._owns = True
         self._saved_at = None
@@ -160,7 +160,7 @@ class RunCheckpoint(Callback):
             raise error
         newest = next(iter(self.checkpoints.files()), None)
         logger.warning(
-            "A checkpoint could not be written in %s: %s. Training goes on; %s.",
+            "A checkpoint could not be written in %s: %s. Training continues; %s.",
             self.checkpoints.path,
             error.strerror or error,
             f"{newest.path.name} is still good" if newest else "there is none yet",

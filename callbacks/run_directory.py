@@ -89,7 +89,7 @@ class RunDirectory(Callback):
         name = state.get("name")
         earlier = self.path.with_name(name) if is_plain_name(name) else None
         if earlier is None or not earlier.is_dir():
-            logger.warning("The directory of the resumed run is not in %s. The run goes on in %s.",
+            logger.warning("The directory of the resumed run is not in %s. The run continues in %s.",
                            self.path.parent, self.path)  # fmt: skip
             return
         if earlier != self.path:
@@ -135,7 +135,7 @@ class RunDirectory(Callback):
         try:
             write_durably(self.path / name, lambda file: file.write(text.encode()))
         except OSError as error:
-            logger.warning("%s could not be written in %s: %s. Training goes on.", name, self.path, error.strerror)
+            logger.warning("%s could not be written in %s: %s. Training continues.", name, self.path, error.strerror)
 
     def _write_table(self, name: str, rows: list[dict[str, float]]) -> None:
         text = io.StringIO()

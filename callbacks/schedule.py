@@ -152,7 +152,7 @@ class Schedule(Callback):
         made = engine.update.num_made(self.optimizer)
         if engine.num_updates and not made:
             raise ConfigurationError(
-                f'Schedule had no effect in this epoch, for no update was for "{self.optimizer}". '
+                f'Schedule had no effect in this epoch because no update was for "{self.optimizer}". '
                 f'Write engine.update(loss, optimizer="{self.optimizer}").'
             )
         expected = -(-engine.epoch_step // engine.update.window_size.batches)
@@ -195,6 +195,6 @@ def _check_part(engine: Engine, part: str, scheduler: LRScheduler | None) -> Non
     """Refuse a second schedule of one optimizer; the scheduler itself may be a part already."""
     if part in engine.parts and (scheduler is None or engine.parts[part] is not scheduler):
         raise ConfigurationError(
-            f"Schedule is to become the part {part}, which the engine has already. "
+            f"Schedule would become the part {part}, which the engine has already. "
             "Attach one for each optimizer; torch's ChainedScheduler joins several."
         )

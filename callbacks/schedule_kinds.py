@@ -20,7 +20,9 @@ from camshaft.engine import ConfigurationError, Engine, can_take, did_you_mean
 
 Unit = Literal["update", "step", "epoch"]
 
-OTHER_OPTIMIZER = "Schedule's scheduler is over another optimizer than the run's. Build it over the same one."
+OTHER_OPTIMIZER = (
+    "Schedule's scheduler belongs to an optimizer that is not the run's. Build it over the run's optimizer."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class MadeForEachRun:
         scheduler = _checked(self.make(optimizer, total), optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ConfigurationError(
-                "ReduceLROnPlateau has no use for a total. Pass a function of the optimizer alone, and a monitor."
+                "ReduceLROnPlateau does not need a total. Pass a function of the optimizer alone, and a monitor."
             )
         return scheduler, total
 
@@ -90,7 +92,7 @@ class MadeForEachRun:
             return
         if not isinstance(scheduler, LambdaLR):
             raise ConfigurationError(
-                f"{type(scheduler).__name__} was made for a total of {before} {per}s, and this run is to make {now}. "
+                f"{type(scheduler).__name__} was made for a total of {before} {per}s, and this run will make {now}. "
                 "Ask for as many as before, or use a LambdaLR, such as warmup_cosine."
             )
         groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -111,7 +113,7 @@ def kind_of(given: object) -> Kind:
         return Ready(given)
     if isinstance(given, type) or not callable(given):
         raise ConfigurationError(
-            f"Schedule got {given!r}, which is no scheduler. "
+            f"Schedule got {given!r}, which is not a scheduler. "
             "Pass StepLR(optimizer, 10), or a function: lambda optimizer: StepLR(optimizer, 10)."
         )
     if can_take(given, 1):
@@ -138,7 +140,7 @@ def _checked(made: object, optimizer: Optimizer) -> LRScheduler:
     """Return what a function has made, if that is a scheduler over this optimizer."""
     if not isinstance(made, LRScheduler):
         raise ConfigurationError(
-            f"Schedule's function returned {made!r}, which is no scheduler. "
+            f"Schedule's function returned {made!r}, which is not a scheduler. "
             "Return one: lambda optimizer: StepLR(optimizer, 10)."
         )
     if made.optimizer is not optimizer:
@@ -153,9 +155,9 @@ def _planned(engine: Engine, per: Unit) -> int:
     if total is None:
         why = "its data, or the windows of Accumulate, have no set length"
         if run.has_validation is None:
-            why = "a loop of your own shows its data only later"
+            why = "in a loop of your own the data are not known yet"
         raise ConfigurationError(
-            f"Schedule cannot know how many {per}s this run is to make: {why}. "
+            f"Schedule cannot know how many {per}s this run will make: {why}. "
             "State it: lambda optimizer: warmup_cosine(optimizer, total=10_000)."
         )
     return max(total, 1)

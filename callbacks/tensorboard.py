@@ -60,7 +60,7 @@ class TensorBoard(Callback):
             for name, value in scalars(values).items():
                 self._write(self._file, step=step, summary=scalar(name, value))
         except Exception as error:
-            logger.warning("TensorBoard stops writing: %r. Training goes on.", error)
+            logger.warning("TensorBoard stops writing: %r. Training continues.", error)
             self._file = None
 
     def _write(self, file: BinaryIO, **fields: Any) -> None:

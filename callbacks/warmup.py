@@ -60,7 +60,9 @@ def _factor(count: int, rise: int, total: int, start: float, least: float) -> fl
 def _length_of_warmup(warmup: float, total: int) -> int:
     """Return how many of ``total`` updates are warm-up; at least one is not."""
     if not (is_number(warmup) and warmup >= 0 and (warmup < 1 or warmup == int(warmup))):
-        raise ConfigurationError(f"warmup is {warmup!r}. Pass a whole number, or a share of at least 0 and below 1.")
+        raise ConfigurationError(
+            f"warmup is {warmup!r}. Pass a whole number, or a fraction of at least 0 and below 1."
+        )
     whole_number("total", total, least=1)
     rise = min(round(warmup * total), total - 1) if warmup < 1 else int(warmup)
     if rise >= total:
@@ -74,4 +76,4 @@ def _check_rates(start_factor: float, min_lr: float) -> None:
     if not (is_number(min_lr) and min_lr >= 0):
         raise ConfigurationError(f"min_lr is {min_lr!r}. Pass a number of at least 0.")
     if not (is_number(start_factor) and 0 < start_factor <= 1):
-        raise ConfigurationError(f"start_factor is {start_factor!r}. Pass a share above 0 and up to 1.")
+        raise ConfigurationError(f"start_factor is {start_factor!r}. Pass a fraction above 0 and up to 1.")

@@ -77,7 +77,7 @@ class Callback:
         """
         if self._is_attached:
             raise ConfigurationError(
-                f"{self!r} was attached to another engine before, and holds what it knows of that one. "
+                f"{self!r} was attached to another engine before, and keeps values from that engine. "
                 "Make a new callback for each engine."
             )
         self._is_attached = True

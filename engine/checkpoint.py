@@ -85,7 +85,7 @@ class CheckpointDirectory:
         if damaged:
             raise CheckpointError(
                 f"Every checkpoint in {self.path} is damaged: {' '.join(damaged)} "
-                "Start afresh without resume, in another directory."
+                "Start without resume, in another directory."
             )
         return None
 
@@ -126,7 +126,7 @@ def load_verified(path: Path) -> dict[str, Any]:
     try:
         return cast("dict[str, Any]", torch.load(path, weights_only=True, map_location="cpu"))
     except Exception as error:  # torch raises at least four kinds
-        raise CheckpointError(f"{path} is whole but cannot be loaded: {error}. Use another checkpoint.") from error
+        raise CheckpointError(f"{path} is complete but cannot be loaded: {error}. Use another checkpoint.") from error
 
 
 _PLAIN = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)

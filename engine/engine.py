@@ -212,7 +212,7 @@ class Engine:
         self._end_training(run)
 
     def validate(self, data: Data) -> Iterator[Any]:
-        """Yield each validation batch, in eval mode and without gradients; training goes on unchanged afterwards."""
+        """Yield each validation batch, in eval mode and without gradients; training continues unchanged afterwards."""
         run = self._require_run("validate")
         self._end_step(run)
         if not run.begin_validation(in_step=self.current is run.stage):
@@ -363,7 +363,7 @@ class Engine:
                     if found is not None:
                         self._resume(run, *found)
                     elif resume is not None:
-                        logger.info("No checkpoint yet: a fresh start.")
+                        logger.info("No checkpoint yet: the run starts from the beginning.")
                     while not run.settle(self.epoch, self.step):
                         if run.phase is Phase.BETWEEN:
                             self._begin_epoch(run)
@@ -380,7 +380,7 @@ class Engine:
 
     def _begin_run(self, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool) -> Run:
         if self.num_fits:
-            logger.info("Going on from epoch %d, step %d.", self.epoch, self.step)
+            logger.info("Continuing from epoch %d, step %d.", self.epoch, self.step)
         elif self.seed is not None:
             seed_everything(self.seed)
         self.num_fits += 1
@@ -405,7 +405,9 @@ class Engine:
         self.listeners.rewind()
         logger.info("Resumed from %s: epoch %d, step %d.", source, self.epoch, self.step)
         if run.settle(self.epoch, self.step) and not run.interrupted:
-            logger.info("The run is finished (%s). Pass more epochs or steps to go on.", run.stop_reason or "its goal")
+            logger.info(
+                "The run is finished (%s). Pass more epochs or steps to continue.", run.stop_reason or "its goal"
+            )
 
     def _begin_epoch(self, run: Run) -> None:
         self.epoch += 1

@@ -33,7 +33,9 @@ class FocalLoss(nn.Module):
     def __init__(self, alpha: float | None = 0.75, gamma: float = 2.0, *, from_logits: bool = False) -> None:
         super().__init__()
         if alpha is not None and not 0 <= alpha <= 1:
-            raise ConfigurationError(f"alpha is {alpha}, but it is a share. Pass a number between 0 and 1, or None.")
+            raise ConfigurationError(
+                f"alpha is {alpha}, but it is a fraction. Pass a number between 0 and 1, or None."
+            )
         if not gamma >= 0:
             raise ConfigurationError(f"gamma is {gamma}. Pass a number of at least 0.")
         self.alpha = alpha

@@ -65,7 +65,7 @@ class ComputedMetric:
                 raise
             raise DataError(
                 f"The metric {self.name!r} was given the model's output, a dict with keys "
-                f"{', '.join(map(str, output))}, and could not use it ({error}). Let it take one: by "
+                f"{', '.join(map(str, output))}, and could not use it ({error}). Select the part that it needs: by "
                 "torchmetrics.wrappers.LambdaInputTransformer, output_transform= of an ignite metric, or "
                 "engine.measure(output[...], target) in your own step."
             ) from error
@@ -145,7 +145,7 @@ def _as_value(name: str, value: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         raise ConfigurationError(
             f'The metric "{name}" gave {value!r}, which is neither a number nor a tensor. '
-            "Compute it by yourself, from what predict returns."
+            "Compute it yourself from what predict returns."
         ) from None
 
 

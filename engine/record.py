@@ -142,7 +142,9 @@ class Record:
         for name, metric in self.computed.items():
             computed = metric.compute()
             if taken := values.keys() & computed.keys():
-                raise DataError(f'The metric "{name}" gives {sorted(taken)}, which is taken. Give it another name.')
+                raise DataError(
+                    f'The metric "{name}" gives {sorted(taken)}, which exist already. Give it another name.'
+                )
             values |= computed
         values = _to_host(values)
         return {name: value / totals[name][1] if name in totals else value for name, value in values.items()}

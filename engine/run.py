@@ -99,7 +99,7 @@ class Run:
         """Ask for the end of the run after the present step; return False if it goes on until ``min_epochs``."""
         num_epochs = epoch - self.first_epoch - (not self.data_exhausted)
         if num_epochs < self.plan.min_epochs:
-            logger.info("Training goes on until min_epochs=%d, although a stop was asked for: %s",
+            logger.info("Training continues until min_epochs=%d, although a stop was asked for: %s",
                         self.plan.min_epochs, reason)  # fmt: skip
             return False
         self.stop_reason = self.stop_reason or reason
@@ -123,11 +123,12 @@ class Run:
     def settle(self, epoch: int, step: int, *, is_announced: bool = False) -> bool:
         """Settle what was asked for up to ``step``, and return whether the run is over.
 
-        Everything that handlers and signals decide for the run takes effect here: at the end of a step, at the end of an
-        epoch and before the first step. This is where several ranks can agree.
+        Everything that handlers and signals decide for the run takes effect here: at the end of a step, at the end of
+        an epoch and before the first step. This is where several ranks can agree.
 
         Args:
-            epoch, step: the engine's counters.
+            epoch: the engine's counter.
+            step: the engine's counter.
             is_announced: whether `Settled` is announced next. A checkpoint that was asked for becomes due only then.
         """
         if self.stop_reason is not None:

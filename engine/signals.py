@@ -35,7 +35,7 @@ def handled_signals(interrupt: Callable[[signal.Signals], None]) -> Iterator[Non
             os.kill(os.getpid(), number)
         elif os.getpid() == owner:
             interrupt(name)
-            os.write(2, f"\n{name.name}: finishing the step; once more to stop now.\n".encode())
+            os.write(2, f"\n{name.name}: finishing the step; send it again to stop now.\n".encode())
         seen.append(number)
 
     for name in HANDLED:

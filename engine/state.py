@@ -108,7 +108,7 @@ def _find_at(path: Path) -> tuple[dict[str, Any], Path]:
     found = CheckpointDirectory(path).load_newest()
     if found is None:
         raise ConfigurationError(
-            f'There is no checkpoint at {path}. Write resume="auto" to start afresh if there is none.'
+            f'There is no checkpoint at {path}. Write resume="auto" to start from the beginning if there is none.'
         )
     return found
 
@@ -140,15 +140,15 @@ def _load(engine: Engine, state: dict[str, Any]) -> None:
     engine.update.load_state_dict(state["update"])
     record = engine.stages["train"]
     record.load_state_dict(state["train"], engine.parts.device)
-    engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
     engine.history.load_state_dict(state["history"])
     callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
     for name in callbacks.keys() & saved.keys():
         callbacks[name].load_state_dict(saved[name])
     if missing := sorted(callbacks.keys() - saved.keys()):
-        logger.warning("No state was saved for: %s. They begin anew.", ", ".join(missing))
+        logger.warning("There is no state of: %s. They start from the beginning.", ", ".join(missing))
     if extra := sorted(saved.keys() - callbacks.keys()):
-        logger.warning("State was saved for handlers that are not attached now: %s.", ", ".join(extra))
+        logger.warning("There is state of handlers that are not attached now: %s.", ", ".join(extra))
+    engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
     set_rng_state(state["rng"])
 
 

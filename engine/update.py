@@ -217,7 +217,7 @@ class Update:
                 raise
             raise DataError(
                 f'The loss of step {self._progress.step}, for "{window.name}", was differentiated before. '
-                "Compute it anew for each optimizer, or step all of them in your own step, without engine.update."
+                "Compute it again for each optimizer, or step all of them in your own step, without engine.update."
             ) from error
 
     def _apply(self, window: Window) -> None:

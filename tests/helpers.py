@@ -74,7 +74,7 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 # How the last sentence of a refusal begins: with what to do, or with the names to choose from.
 ADVICE = (
     "Write|Pass|Give|Build|Set|Record|Return|Reduce|Look|Attach|Say|State|Watch|Subscribe|Lower|Derive|Let|Train|"
-    "Make|Ask|Use|Did you|Hooks:|Events:|Devices:|Parameters:"
+    "Make|Ask|Use|Select|Did you|Hooks:|Events:|Devices:|Parameters:"
 )
 
 

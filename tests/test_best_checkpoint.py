@@ -366,7 +366,7 @@ def test_a_run_resumed_without_the_best_file_says_so_and_begins_anew(
     engine = run_and_resume(tmp_path / "run", values, [*earlier, *first], [directories[1], second])
     checkpoints = directories[1].path / "checkpoints"
     assert warned(caplog) == [
-        f"The best weights of the resumed run are not in {checkpoints}. BestCheckpoint begins anew."
+        f"The best weights of the resumed run are not in {checkpoints}. BestCheckpoint starts again."
     ]
     assert engine.parts["model"].weight.unique().tolist() == [3.0]
     assert [kept.epoch for kept in second.kept] == ([] if math.isnan(values[-1]) else [3])
@@ -381,7 +381,7 @@ def test_a_run_resumed_without_any_directory_cannot_restore_what_is_in_a_file(
     first = BestCheckpoint("val_score", "max", tmp_path / "best")
     engine = run_and_resume(tmp_path / "run", [1.0, 3.0, 2.0], [first], [second])
     assert warned(caplog) == [
-        "The best weights of the resumed run are not in its checkpoint. BestCheckpoint begins anew."
+        "The best weights of the resumed run are not in its checkpoint. BestCheckpoint starts again."
     ]
     assert engine.parts["model"].weight.unique().tolist() == [3.0]
     assert [kept.epoch for kept in second.kept] == [3]
@@ -536,7 +536,7 @@ def test_a_full_disk_warns_and_training_goes_on_with_the_old_files(
     assert engine.epoch == 5
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     expected = f"BestCheckpoint could not write in {disk.best}: No space left on device. "
-    assert warnings == [f"{expected}The files before stay, and training goes on."] * 2
+    assert warnings == [f"{expected}The earlier files are kept, and training continues."] * 2
     assert {name.split("-")[0]: epoch_of(disk.best / name) for name in names(disk.best)} == (
         {"best.pt": 2} if top_k == 1 else {"best.pt": 2, "val_score=2": 2, "val_score=1": 1}
     )
@@ -607,7 +607,7 @@ def test_weights_from_a_gpu_load_where_there_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "phrase"),
     [
-        ({"monitor": "loss"}, "'loss', which does not say of which stage"),
+        ({"monitor": "loss"}, "'loss', which does not name a stage"),
         ({"monitor": "val_acc", "mode": "maximum"}, 'Did you mean "max"?'),
         ({"monitor": "val_acc", "top_k": 0}, "top_k is 0"),
         ({"monitor": "val_acc", "top_k": 2.0}, "top_k is 2.0"),

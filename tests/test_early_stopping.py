@@ -194,7 +194,7 @@ def test_a_missing_value_is_an_error_and_not_a_silent_run_to_the_end() -> None:
 @pytest.mark.parametrize(
     ("settings", "phrase"),
     [
-        ({"monitor": "accuracy"}, "'accuracy', which does not say of which stage"),
+        ({"monitor": "accuracy"}, "'accuracy', which does not name a stage"),
         ({"monitor": "val_acc", "mode": "minimum"}, "mode='minimum'. Did you mean \"min\"?"),
         ({"monitor": "val_acc", "mode": "auto"}, "mode='auto'"),
         ({"monitor": "val_acc", "patience": -1}, "patience is -1"),

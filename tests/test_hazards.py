@@ -437,7 +437,7 @@ def test_a_restored_callback_keeps_its_new_settings() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_full_disk_costs_no_good_checkpoint(top_k: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The new file is whole before an old one goes; a failed write is warned about and training goes on."""
+    """The new file is whole before an old one goes; a failed write is warned about and training continues."""
     model = nn.Linear(100, 100)
     best = BestCheckpoint("val_score", "max", tmp_path, top_k=top_k)
     engine = Engine(model=model, callbacks=[best])
@@ -546,7 +546,7 @@ def test_a_direction_is_never_guessed_from_a_name(watcher: Callable[..., Callbac
         return (output - target).mean()
 
     trainer = make_trainer(watcher(f"val_{name}"), metrics={name: mean_difference})
-    with pytest.raises(ConfigurationError, match="cannot know whether more or less"):
+    with pytest.raises(ConfigurationError, match="cannot know whether a higher or a lower"):
         trainer.fit(make_batches(2), make_batches(2), epochs=1)
 
 

@@ -116,7 +116,7 @@ def test_a_stated_mode_wins_over_what_the_metric_says() -> None:
 def test_a_direction_that_nothing_states_is_refused_and_never_guessed(metric: object) -> None:
     """A metric called acc may be an error rate: without mode= the run does not begin."""
     assert refusal(Watch("val_acc"), metrics={"acc": metric}) == (
-        'Watch cannot know whether more or less of "val_acc" is better. Write mode="max" or mode="min".'
+        'Watch cannot know whether a higher or a lower "val_acc" is better. Write mode="max" or mode="min".'
     )
 
 
@@ -137,7 +137,7 @@ def test_a_val_value_without_validation_data_is_refused_before_step_1() -> None:
 @pytest.mark.parametrize("name", ["loss", "acc", "", "validation_loss", 3])
 def test_a_name_without_its_stage_is_refused_at_construction(name: str) -> None:
     """Is it the training's or the validation's? The name has to say so."""
-    with pytest.raises(ConfigurationError, match=r"does not say of which stage. Write \"val_"):
+    with pytest.raises(ConfigurationError, match=r"does not name a stage. Write \"val_"):
         Watch(name)
 
 
@@ -236,7 +236,7 @@ def test_a_validation_value_without_validation_data_is_told_before_the_run(watch
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_a_direction_that_nobody_stated_is_asked_for_before_the_run(watcher: Watcher) -> None:
     trainer = regression(metrics={"error": mean_error}, callbacks=[watcher("val_error")])
-    with refused(ConfigurationError, 'cannot know whether more or less of "val_error" is better', 'mode="max"'):
+    with refused(ConfigurationError, 'cannot know whether a higher or a lower "val_error" is better', 'mode="max"'):
         trainer.fit(pairs(), pairs(), epochs=1)
     assert num_calls(trainer) == 0
 

@@ -128,7 +128,7 @@ def test_a_device_that_is_not_there_is_refused_at_construction(device: str) -> N
     """The message names it and lists those that are."""
     with pytest.raises(ConfigurationError) as caught:
         Placement(device)
-    assert str(caught.value).startswith(f"Device {device!r} is not here.")
+    assert str(caught.value).startswith(f"Device {device!r} does not exist on this machine.")
     assert f'Write one of {", ".join(devices())}, or "auto" for the first' in str(caught.value)
 
 
@@ -169,10 +169,10 @@ def test_the_model_is_on_the_gpu_before_the_run_and_predictions_are_on_the_cpu()
 @pytest.mark.parametrize(
     ("settings", "phrase"),
     [
-        ({"device": "cuda:99"}, "Device 'cuda:99' is not here"),
-        ({"device": "gpu"}, "Device 'gpu' is not here"),
-        ({"device": ""}, "Device '' is not here"),
-        ({"device": None}, "Device 'None' is not here"),
+        ({"device": "cuda:99"}, "Device 'cuda:99' does not exist on this machine"),
+        ({"device": "gpu"}, "Device 'gpu' does not exist on this machine"),
+        ({"device": ""}, "Device '' does not exist on this machine"),
+        ({"device": None}, "Device 'None' does not exist on this machine"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:

@@ -18,8 +18,11 @@ def public_names() -> set[str]:
 
 
 ENGINE = Engine()
-OLD = [(ENGINE, "engine", *names) for names in OF_ENGINE.items()]
-OLD += [(ENGINE.update, "engine.update", *names) for names in OF_UPDATE.items()]  # type: ignore[list-item]  # an Update
+OWNERS: list[tuple[object, str, dict[str, str]]] = [
+    (ENGINE, "engine", OF_ENGINE),
+    (ENGINE.update, "engine.update", OF_UPDATE),
+]
+OLD = [(owner, name, *names) for owner, name, renamed in OWNERS for names in renamed.items()]
 
 
 @pytest.mark.parametrize(("owner", "name", "old", "new"), OLD)

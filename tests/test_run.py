@@ -441,7 +441,7 @@ def test_a_second_fit_goes_on_and_says_so(caplog: pytest.LogCaptureFixture) -> N
     trainer.fit(pairs(), epochs=2)
     assert "Going on" not in caplog.text
     trainer.fit(pairs(), epochs=2)
-    assert "Going on from epoch 2, step 6." in caplog.text
+    assert "Continuing from epoch 2, step 6." in caplog.text
     assert trainer.history["epoch"] == [1, 2, 3, 4]
     assert trainer.history["step"] == [3, 6, 9, 12]
 

@@ -201,7 +201,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(tmp_path: Path, caplog: pytest.
         again = run(build(tmp_path, "plain", None), resume="auto")
     assert again.step == 14
     assert "The run is finished" in caplog.text
-    assert "Pass more epochs or steps to go on" in caplog.text
+    assert "Pass more epochs or steps to continue" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:No (positive|negative) samples in targets")  # epoch 2 is one batch
@@ -237,7 +237,7 @@ def test_handlers_whose_state_is_missing_or_extra_are_named(tmp_path: Path, capl
     )
     with caplog.at_level(logging.WARNING):
         run(other, resume="auto", epochs=3)
-    assert "No state was saved for: ClipGradients." in caplog.text
+    assert "There is no state of: ClipGradients." in caplog.text
     assert "not attached now: BestCheckpoint, EarlyStopping." in caplog.text
 
 
@@ -264,7 +264,7 @@ def test_auto_starts_afresh_and_says_so_where_a_path_must_exist(
 ) -> None:
     with caplog.at_level(logging.INFO):
         run(build(tmp_path / "new", "plain", None), resume="auto")
-    assert "No checkpoint yet: a fresh start." in caplog.text
+    assert "No checkpoint yet: the run starts from the beginning." in caplog.text
     with pytest.raises(ConfigurationError, match="There is no checkpoint at"):
         run(build(tmp_path / "other", "plain", None), resume=str(tmp_path / "none"))
     with pytest.raises(ConfigurationError, match="nowhere to look"):
@@ -469,7 +469,7 @@ def test_a_failed_save_warns_and_the_next_due_point_tries_again(
     with struck(strike), caplog.at_level(logging.WARNING):
         trainer.fit(DATA, epochs=1)
     assert [file.step for file in CheckpointDirectory(tmp_path).files()] == [6, 6, 5, 4, 1]
-    assert caplog.text.count("No space left on device. Training goes on; run-000001-step-1-") == 2
+    assert caplog.text.count("No space left on device. Training continues; run-000001-step-1-") == 2
 
 
 @pytest.mark.parametrize(("failures", "settings"), [(3, {}), (1, {"on_error": "raise"}), (3, {"background": True})])

@@ -473,8 +473,8 @@ def test_a_run_resumed_under_another_root_goes_on_there_and_says_so(
     (new,) = directories(tmp_path / "new")
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told == [
-        f"The directory of the resumed run is not in {tmp_path / 'new'}. The run goes on in {new}.",
-        f"The best weights of the resumed run are not in {new / 'checkpoints'}. BestCheckpoint begins anew.",
+        f"The directory of the resumed run is not in {tmp_path / 'new'}. The run continues in {new}.",
+        f"The best weights of the resumed run are not in {new / 'checkpoints'}. BestCheckpoint starts again.",
     ]
     assert (trainer.directory, (old / "log.log").read_text()) == (new, before)
     assert "at epoch 2" in (new / "log.log").read_text()

@@ -353,13 +353,15 @@ def test_what_was_made_for_a_total_and_cannot_be_stretched_is_refused_on_resume(
         return schedule_trainer(one_cycle, RunCheckpoint(tmp_path), per="update")
 
     trainer().fit(class_batches(8, 8), epochs=2, resume="auto")
-    with pytest.raises(ConfigurationError, match=r"OneCycleLR was made for a total of 4 updates, .* to make 6\. Ask"):
+    with pytest.raises(
+        ConfigurationError, match=r"OneCycleLR was made for a total of 4 updates, .* will make 6\. Ask"
+    ):
         trainer().fit(class_batches(8, 8), epochs=3, resume="auto")
 
 
 def test_a_plateau_has_no_use_for_a_total() -> None:
     trainer = schedule_trainer(lambda optimizer, total: ReduceLROnPlateau(optimizer))
-    with pytest.raises(ConfigurationError, match="ReduceLROnPlateau has no use for a total"):
+    with pytest.raises(ConfigurationError, match="ReduceLROnPlateau does not need a total"):
         trainer.fit(class_batches(8), epochs=1)
     assert trainer.step == 0
 
@@ -458,7 +460,7 @@ def test_two_schedules_are_refused(make: MakeScheduler) -> None:
 @pytest.mark.parametrize("scheduler", [StepLR, "StepLR", None, torch.optim.SGD([torch.zeros(1)], lr=0.1)])
 def test_what_is_no_scheduler_is_refused_when_made(scheduler: Any) -> None:
     """A class instead of an instance is the usual one."""
-    with pytest.raises(ConfigurationError, match=r"(?s)^Schedule got .*, which is no scheduler\. Pass StepLR\("):
+    with pytest.raises(ConfigurationError, match=r"(?s)^Schedule got .*, which is not a scheduler\. Pass StepLR\("):
         Schedule(scheduler)
 
 
@@ -479,7 +481,7 @@ def test_a_function_that_returns_no_scheduler_is_refused_at_attachment(returned:
 def test_a_scheduler_of_another_optimizer_is_refused_at_attachment() -> None:
     """It would turn a learning rate that nobody uses."""
     stranger = torch.optim.SGD(linear().parameters(), lr=0.1)
-    with pytest.raises(ConfigurationError, match=r"over another optimizer than the run's\. Build it over the same"):
+    with pytest.raises(ConfigurationError, match=r"an optimizer that is not the run's\. Build it over the run"):
         make_trainer(Schedule(StepLR(stranger, 1)))
 
 
@@ -493,7 +495,7 @@ def test_an_engine_without_an_optimizer_is_refused_at_attachment() -> None:
     [
         (ReduceLROnPlateau, None, r"ReduceLROnPlateau and monitor=None\. ReduceLROnPlateau needs one"),
         (halve(), "val_loss", r"StepLR and monitor='val_loss'\. ReduceLROnPlateau needs one"),
-        (ReduceLROnPlateau, "loss", r"watches 'loss', which does not say of which stage\. Write \"val_loss\""),
+        (ReduceLROnPlateau, "loss", r"watches 'loss', which does not name a stage\. Write \"val_loss\""),
     ],
 )
 def test_a_plateau_and_a_monitor_belong_together(make: MakeScheduler, monitor: str | None, message: str) -> None:
@@ -541,8 +543,8 @@ def test_warmup_cosine_refuses_what_cannot_work(arguments: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("make", "settings", "phrase"),
     [
-        (Schedule, {"scheduler": StepLR}, "StepLR'>, which is no scheduler"),
-        (Schedule, {"scheduler": "cosine"}, "'cosine', which is no scheduler"),
+        (Schedule, {"scheduler": StepLR}, "StepLR'>, which is not a scheduler"),
+        (Schedule, {"scheduler": "cosine"}, "'cosine', which is not a scheduler"),
         (Schedule, {"scheduler": lambda optimizer: StepLR(optimizer, 1), "per": "batch"}, "per='batch'"),
         (warmup_cosine, {"optimizer": None, "warmup": -1, "total": 10}, "warmup is -1"),
         (warmup_cosine, {"optimizer": None, "warmup": 10, "total": 10}, "leaves nothing of total=10"),
@@ -561,7 +563,7 @@ OTHER = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 @pytest.mark.parametrize(
     ("schedule", "phrase"),
     [
-        (Schedule(StepLR(OTHER, 1)), "over another optimizer than the run's"),
+        (Schedule(StepLR(OTHER, 1)), "an optimizer that is not the run's"),
         (Schedule(partial(StepLR, step_size=1), monitor="val_loss"), "StepLR and monitor='val_loss'"),
         (Schedule(lambda optimizer: ReduceLROnPlateau(optimizer)), "ReduceLROnPlateau and monitor=None"),
         (Schedule(lambda optimizer: None), "None"),  # type: ignore[arg-type, return-value]  # the mistake under test

@@ -83,7 +83,7 @@ def test_the_first_signal_saves_and_ends_the_run_with_its_code(
     assert process.returncode == 128 + number, err
     assert out.count("FitEnd") == 1
     assert f"interrupted by {number.name}" in out
-    assert f"{number.name}: finishing the step; once more to stop now." in err
+    assert f"{number.name}: finishing the step; send it again to stop now." in err
     step = int(out.split("step ")[-1].split()[0])
     assert [file.step for file in RunCheckpoint(tmp_path).checkpoints.files()] == [step]
     if where == "train":  # it goes on, and can be interrupted again

@@ -539,7 +539,7 @@ def test_one_loss_for_two_optimizers_is_refused_with_what_to_write() -> None:
         for name in ("fast", "slow"):
             engine.update(loss, optimizer=name)
 
-    with pytest.raises(DataError, match=r'for "slow", was differentiated before\. Compute it anew'):
+    with pytest.raises(DataError, match=r'for "slow", was differentiated before\. Compute it again'):
         Engine(step, slow=duel.slow, fast=duel.fast).fit(class_batches(8), epochs=1)
 
 
