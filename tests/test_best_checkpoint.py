@@ -536,7 +536,7 @@ def test_a_full_disk_warns_and_training_goes_on_with_the_old_files(
     assert engine.epoch == 5
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     expected = f"BestCheckpoint could not write in {disk.best}: No space left on device. "
-    assert warnings == [f"{expected}The earlier files are kept, and training continues."] * 2
+    assert warnings == [f"{expected}The earlier files stay, and training continues."] * 2
     assert {name.split("-")[0]: epoch_of(disk.best / name) for name in names(disk.best)} == (
         {"best.pt": 2} if top_k == 1 else {"best.pt": 2, "val_score=2": 2, "val_score=1": 1}
     )
