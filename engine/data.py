@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from functools import partial
 from typing import Any, Protocol, TypeGuard
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from .errors import ConfigurationError, DataError
-from .signals import patient_worker
+from .workers import patient_workers
 
 Data = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -46,14 +45,10 @@ def num_batches(data: object) -> int | None:
 
 
 def one_pass(data: Data) -> Iterator[Any]:
-    """Return a fresh iterator over the batches; a loader's workers outlive the first signal."""
+    """Return a fresh iterator over the batches; a loader's workers ignore the first signal."""
     if isinstance(data, DataLoader) and data.num_workers > 0:
-        given = data.worker_init_fn
-        data.worker_init_fn = partial(patient_worker, given)
-        try:
+        with patient_workers(data):
             return iter(data)
-        finally:
-            data.worker_init_fn = given
     return iter(data if isinstance(data, Iterable) else data())
 
 

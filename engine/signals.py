@@ -9,17 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from .workers import kill_workers
 
 # SIGUSR1 is how cluster schedulers warn of what is to come.
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+# Our handlers of runs that are over, with those from before: only runs that overlap leave one here.
+_left: WeakKeyDictionary[Any, dict[signal.Signals, Any]] = WeakKeyDictionary()
+
 
 @contextmanager
 def handled_signals(interrupt: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call ``interrupt`` at the first signal, and let the second one through, for the length of the block.
+    """Call ``interrupt`` at the first signal while the block runs; the second one has its usual effect.
 
-    The handler only sets a flag; the loop acts on it at a step boundary. Outside the main thread nothing is
-    installed. The handlers from before are put back in the end.
+    The handler only sets a flag; the loop acts on it at the end of a step. Nothing is installed outside the main
+    thread. The handlers from before are restored at the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,38 +36,34 @@ def handled_signals(interrupt: Callable[[signal.Signals], None]) -> Iterator[Non
 
     def handle(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number)
-        if seen:
-            signal.signal(name, before[name] if callable(before[name]) else signal.SIG_DFL)
+        seen.append(number)  # first, because the next signal may come within this function
+        if len(seen) > 1:
+            usual = _alive(before[name], name)
+            if not callable(usual):
+                kill_workers()  # this process is about to end without its exit handlers
+            signal.signal(name, usual if callable(usual) else signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif os.getpid() == owner:
             interrupt(name)
             os.write(2, f"\n{name.name}: finishing the step; send it again to stop now.\n".encode())
-        seen.append(number)
 
     for name in HANDLED:
-        if signal.getsignal(name) is not signal.SIG_IGN:  # as under nohup: what is ignored stays so
+        if signal.getsignal(name) is not signal.SIG_IGN:  # as under nohup: what is ignored stays ignored
             before[name] = signal.signal(name, handle)
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(name, signal.SIG_DFL if handler is None else handler)
+        if all(signal.getsignal(name) is handle for name in before):
+            for name, handler in before.items():
+                usual = _alive(handler, name)
+                signal.signal(name, signal.SIG_DFL if usual is None else usual)
+        else:  # another run, which began later, is still going on
+            seen.append(0)
+            _left[handle] = before
 
 
-def patient_worker(init: Callable[[int], None] | None, worker: int) -> None:
-    """Start a loader's worker that ignores the first signal to its process group, so that the step can be finished.
-
-    The second one is let through, or a worker that hangs could never be ended.
-    """
-    seen: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if seen:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        seen.append(number)
-
-    for name in HANDLED:
-        signal.signal(name, handle)
-    if init is not None:
-        init(worker)
+def _alive(handler: Any, name: signal.Signals) -> Any:
+    """Return the handler, or, if it is ours and its run is over, the one from before it."""
+    while handler in _left:
+        handler = _left[handler].get(name)
+    return handler

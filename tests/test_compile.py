@@ -149,7 +149,7 @@ def test_what_is_no_module_of_the_run_is_refused_with_a_guess() -> None:
         ConfigurationError, match=r'compile "modle", but .* are: model, loss_fn\. Did you mean "model"'
     ):
         make_trainer(Compile("modle"))
-    with pytest.raises(ConfigurationError, match=r"of the run are: none\."):
+    with pytest.raises(ConfigurationError, match=r"the modules are: none\."):
         Engine(callbacks=[Compile()])
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from camshaft.callbacks import RunCheckpoint
 from camshaft.engine import Engine, StepEnd
+from camshaft.engine.signals import HANDLED
 
 SCRIPT = """
 import sys, time
@@ -161,3 +162,24 @@ def test_runs_killed_at_random_moments_and_resumed_end_bit_identical() -> None:
     done = subprocess.run([sys.executable, soak, "--kills", "10"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mismatches 0" in done.stdout
+
+
+def test_runs_that_overlap_leave_the_handlers_from_before() -> None:
+    """The first run ends first, while the handlers of the second one are installed."""
+    before = {name: signal.getsignal(name) for name in HANDLED}
+    first, second = Engine().epochs(1), Engine().epochs(1)
+    next(first), next(second)
+    first.close()  # type: ignore[attr-defined]  # a generator
+    assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+    second.close()  # type: ignore[attr-defined]  # a generator
+    assert {name: signal.getsignal(name) for name in HANDLED} == before
+
+
+def test_a_signal_after_the_first_of_two_overlapping_runs_interrupts_the_second() -> None:
+    engines = [Engine(lambda engine, batch: None) for _ in range(2)]
+    first, second = (engine.epochs(3) for engine in engines)
+    next(first), next(second)
+    first.close()  # type: ignore[attr-defined]  # a generator
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert list(second) == []
+    assert [engine.history.exit_code for engine in engines] == [0, 143]
