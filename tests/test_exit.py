@@ -78,7 +78,7 @@ def end_of(
         time.sleep(after)
         for number in signals:
             send(process.pid, number)
-            wait_for("once more to stop now", process, err)
+            wait_for("send it again to stop now", process, err)
         process.communicate(timeout=10)
     finally:
         leave_nothing_of(process)
@@ -174,7 +174,7 @@ def test_one_signal_ends_the_script_with_its_code(tmp_path: Path, number: signal
     """To the process group, and so to the workers, or to the process alone."""
     code, err = end_of(tmp_path, step="time.sleep(1)", options=PERSISTENT, signals=[number], send=send)
     assert code == 128 + number
-    assert err == f"\n{number.name}: finishing the step; once more to stop now.\n"
+    assert err == f"\n{number.name}: finishing the step; send it again to stop now.\n"
 
 
 @pytest.mark.parametrize("sample", [STUCK, pytest.param(SLEEPS, marks=pytest.mark.slow)])

@@ -500,13 +500,12 @@ def read(reading: Reading, data: Data, feed: Feed, place: Place) -> Iterator[tup
     step, epoch_step, length = place.step, place.epoch_step, reading.epoch_length
     for epoch in range(place.epoch, reading.epochs + 1):
         if length is None or epoch_step < length:
-            batches = feed.begin(data, epoch, step, go_on=length is not None)
+            batches = feed.begin(data, epoch, step)
             for batch in itertools.islice(batches, length and length - epoch_step):
                 step, epoch_step = step + 1, epoch_step + 1
                 noise()  # a training step draws, too
                 yield Place(epoch, step, epoch_step), batch.tolist()
-        if length is None:
-            feed.end()
+        feed.end(epoch, epoch_step, is_complete=True)
         epoch_step = 0
         yield Place(epoch + 1, step), "end"
 
@@ -536,11 +535,11 @@ def test_data_that_are_cut_anywhere_go_on_as_if_they_had_not_been(
     """However often a run is cut, after a batch or after an epoch: it reads what it would have read."""
     reading = data.draw(readings([order], [num_generators]))
     seed_all()
-    through = [seen for _, seen in read(reading, reading.data(), Feed(reading.seed), Place())]
+    through = [seen for _, seen in read(reading, reading.data(), Feed(reading.seed, reading.epoch_length), Place())]
     if cut_after_epochs:
         cuts |= {number for number, seen in enumerate(through, start=1) if seen == "end"}
     seed_all()
-    batches, feed, place = reading.data(), Feed(reading.seed), Place()
+    batches, feed, place = reading.data(), Feed(reading.seed, reading.epoch_length), Place()
     pieces: list[Any] = []
     for cut in [*sorted(cuts), math.inf]:
         for reached, seen in read(reading, batches, feed, place):
@@ -551,7 +550,7 @@ def test_data_that_are_cut_anywhere_go_on_as_if_they_had_not_been(
         state, now = feed.state_dict(place.step), rng_state()
         noise()
         batches = batches if in_one_process else reading.data()
-        feed = Feed(reading.seed)
+        feed = Feed(reading.seed, reading.epoch_length)
         feed.load_state_dict(state)
         set_rng_state(now)
     assert pieces == through
