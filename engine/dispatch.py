@@ -47,8 +47,11 @@ class Subscription(Generic[E]):
             return True
         if count < self.due:
             return False
+        if self.when(count):
+            self.due = count  # a second event at this count is heard, too
+            return True
         self.due = self.when.next_due(count)
-        return self.when(count)
+        return False
 
     def __repr__(self) -> str:
         return f"{self._channel.event.__name__} -> {describe(self.handler)}{when_text(self.when)}"

@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader
 
 IGNORED_ONCE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-_patient: dict[
-    int, WeakSet[BaseProcess]
-] = {}  # by the process that started them: a forked child inherits this
+_patient: dict[int, WeakSet[BaseProcess]] = {}  # by the process that started them: a forked child inherits this
 
 
 @contextmanager

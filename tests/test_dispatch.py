@@ -10,17 +10,7 @@ from typing import Any
 import pytest
 from helpers import pairs, refused, regression
 
-from camshaft.engine import (
-    Callback,
-    Engine,
-    Event,
-    FitStart,
-    HandlerError,
-    StepEnd,
-    at,
-    every,
-    until,
-)
+from camshaft.engine import Callback, Engine, Event, FitStart, HandlerError, Settled, StepEnd, after, at, every, until
 
 
 def idle(engine: Engine, batch: Any) -> None:
@@ -111,7 +101,18 @@ def test_an_event_that_nobody_is_due_to_hear_is_not_even_built() -> None:
         engine.fit(range(9), epochs=1)
     finally:
         sys.setprofile(None)
-    assert built == [1, 4, 8]  # the first step finds out when the filter is due
+    # The first step finds out when the filter is due, and so does each step after one at which it was.
+    assert built == [1, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize("when", [None, every(1), after(0), until(99), lambda count: True])
+def test_a_filter_that_is_due_hears_every_event_at_that_count(when: object) -> None:
+    """The last step of an epoch settles, and then the epoch does, at the same step."""
+    heard: list[int] = []
+    engine = Engine(idle)
+    engine.subscribe(Settled, lambda event: heard.append(event.engine.step), when=when)
+    engine.fit(range(2), epochs=2)
+    assert heard == [1, 2, 2, 3, 4, 4]
 
 
 def test_on_is_subscribe_as_a_decorator() -> None:
