@@ -461,7 +461,7 @@ class Engine:
 
     def _end_run(self, run: Run, error: BaseException | None = None) -> None:
         """Announce the end to every handler, however the run ended."""
-        self.history.reason = reason = run.reason(self.epoch, error)
+        self.history.reason = reason = run.reason(self.epoch, self.step, error)
         self.history.interrupted = run.interrupted
         if error is not None and not isinstance(error, GeneratorExit):
             error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")

@@ -92,6 +92,11 @@ class Feed:
         Raises:
             DataError: if the data ended before the epoch was complete, or there were none at all.
         """
+        if not num_steps and self._pass is not None and self._pass.epoch < epoch:
+            raise DataError(
+                f"Data ended before epoch {epoch}, because epochs of epoch_length={self._epoch_length} share a pass. "
+                "Pass fewer epochs, or repeat the data: fit(repeat(train), ...)."
+            )
         if not num_steps:
             raise DataError(empty_message("train", self.data))
         if self._epoch_length is None:

@@ -218,7 +218,7 @@ class Run:
             return self.plan.num_epochs(self.epoch_length)
         return self.plan.num_steps(self.epoch_length)
 
-    def reason(self, epoch: int, error: BaseException | None) -> str:
+    def reason(self, epoch: int, step: int, error: BaseException | None) -> str:
         """Return, in words, why the run ends."""
         if isinstance(error, GeneratorExit):
             return f"the loop was left in epoch {epoch}"
@@ -226,7 +226,9 @@ class Run:
             return f"failed with {type(error).__name__}: {error}"
         if self.interrupted is not None:
             return f"interrupted by {self.interrupted.name}"
-        return self.stop_reason or self.plan.goal(by_steps=epoch < self.last_epoch)
+        is_whole_epoch = step - self.step_before_epoch == self.epoch_length
+        by_steps = step >= self.last_step and not (epoch >= self.last_epoch and is_whole_epoch)
+        return self.stop_reason or self.plan.goal(by_steps=by_steps)
 
     # Its state ---------------------------------------------------------------------------------------------
 

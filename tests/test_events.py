@@ -15,7 +15,7 @@ from camshaft.engine.events import hook_name, known_events
 
 
 @dataclass(frozen=True, slots=True)
-class LossSpike(Event):
+class Surge(Event):
     loss: float
 
 
@@ -63,19 +63,19 @@ def test_an_event_of_ones_own_reaches_functions_and_hooks() -> None:
     heard: list[float] = []
 
     class Alarm(Callback):
-        def on_loss_spike(self, event: LossSpike) -> None:
+        def on_surge(self, event: Surge) -> None:
             heard.append(event.loss)
 
-    engine = Engine(lambda engine, batch: engine.emit(LossSpike(engine, batch)), callbacks=[Alarm()])
-    engine.subscribe(LossSpike, lambda event: heard.append(-event.loss))
-    assert engine.listeners.hears(LossSpike)
+    engine = Engine(lambda engine, batch: engine.emit(Surge(engine, batch)), callbacks=[Alarm()])
+    engine.subscribe(Surge, lambda event: heard.append(-event.loss))
+    assert engine.listeners.hears(Surge)
     engine.fit([1.5], epochs=1)
     assert heard == [1.5, -1.5]
 
 
 def test_hook_names_are_the_class_names_in_snake_case() -> None:
     assert hook_name(ValidationEnd) == "on_validation_end"
-    assert known_events()["on_loss_spike"] is LossSpike
+    assert known_events()["on_surge"] is Surge
 
 
 @pytest.mark.parametrize("event", BUILT_IN)
@@ -107,10 +107,10 @@ def test_of_an_event_that_is_defined_twice_the_newest_counts() -> None:
 
 
 def test_an_event_of_ones_own_counts_steps_unless_it_says_otherwise() -> None:
-    assert LossSpike.counter == "step"
+    assert Surge.counter == "step"
     heard: list[Any] = []
-    engine = Engine(lambda engine, batch: engine.emit(LossSpike(engine, batch)))
-    engine.subscribe(LossSpike, lambda event: heard.append(event.loss), when=at(2))
+    engine = Engine(lambda engine, batch: engine.emit(Surge(engine, batch)))
+    engine.subscribe(Surge, lambda event: heard.append(event.loss), when=at(2))
     engine.fit([0.5, 1.5, 2.5], epochs=1)
     assert heard == [1.5]
 

@@ -394,3 +394,8 @@ def test_a_worker_that_dies_is_told_with_the_likely_reason(batch: int) -> None:
     with pytest.raises(RuntimeError, match="exited unexpectedly") as caught:
         trainer.fit(loader, epochs=1)
     assert "memory or shared memory; try num_workers=0" in " ".join(caught.value.__notes__)
+
+
+def test_data_that_end_with_an_epoch_of_set_length_say_so_in_the_next_one() -> None:
+    with pytest.raises(DataError, match=r"Data ended before epoch 3, because .*epoch_length=2 share a pass\. Pass"):
+        Engine(idle).fit(lambda: iter(range(4)), epochs=3, epoch_length=2)

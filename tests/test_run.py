@@ -477,3 +477,18 @@ OUTSIDE: list[tuple[Callable[[Engine], object], str]] = [
 def test_a_call_that_needs_a_run_says_so_outside_of_one(call: Callable[[Engine], object], phrase: str) -> None:
     with refused(EngineStateError, phrase):
         call(Engine())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"epochs": 2, "max_steps": 3}, "max_steps=3 reached"),
+        ({"epochs": 2, "max_steps": 4}, "2 epochs done"),
+        ({"epochs": 2, "max_steps": 9}, "2 epochs done"),
+        ({"max_steps": 4}, "max_steps=4 reached"),
+        ({"epochs": 0}, "0 epochs done"),
+    ],
+)
+def test_the_reason_is_the_limit_that_ended_the_run(settings: dict[str, int], reason: str) -> None:
+    """An epoch that ``max_steps`` cuts short is not done."""
+    assert Engine(lambda engine, batch: None).fit(range(2), **settings).reason == reason  # type: ignore[arg-type]  # dicts of ints
