@@ -86,7 +86,7 @@ def saves(*, num: int = 6, megabytes: int = 200) -> list[Row]:
 
 
 def resuming(*, near: int = 20, far: int = 20_000, rounds: int = 9) -> list[Row]:
-    """(g) Time until the first step of a run resumed behind few batches, and behind many."""
+    """(g) Time until the first step of a run resumed after few batches, and after many."""
     logging.getLogger("camshaft").setLevel(logging.ERROR)
     loader = DataLoader(TensorDataset(torch.arange(4.0 * (far + 100))), batch_size=4, shuffle=True)
     folder = new_folder()
@@ -123,7 +123,7 @@ def resuming(*, near: int = 20, far: int = 20_000, rounds: int = 9) -> list[Row]
     factors = ratios(mine, theirs)
     middle = statistics.median(factors)
     cost = (
-        f"behind {far:,} batches {statistics.median(mine) * 1e3:.1f} ms, "
-        f"behind {near} {statistics.median(theirs) * 1e3:.1f} ms"
+        f"after {far:,} batches {statistics.median(mine) * 1e3:.1f} ms, "
+        f"after {near} {statistics.median(theirs) * 1e3:.1f} ms"
     )
     return [Row("g", "resuming in mid-epoch", cost, spread(factors), "at most 1.5", middle <= 1.5, middle)]

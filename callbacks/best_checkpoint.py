@@ -50,8 +50,8 @@ class BestCheckpoint(Callback):
     names that tell value, epoch and step.
 
     A new file is whole and on the disk before an old one goes; a failed write warns, and training continues with
-    the old file. Of two equal values the earlier is better. NaN is never best. A resumed run goes on with what is
-    kept; it warns and begins anew if the best weights are not in its directory.
+    the old file. Of two equal values the earlier is better. NaN is never best. A resumed run continues with what is
+    kept; it warns and begins again if the best weights are not in its directory.
 
     Args:
         monitor: the value to watch, such as ``"val_acc"``.
@@ -204,7 +204,7 @@ class BestCheckpoint(Callback):
         return {"kept": [asdict(kept) for kept in self.kept], "in_memory": self._in_memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned; where the best weights are gone, begin anew.
+        """Take back what `state_dict` returned; begin again if the best weights do not exist any more.
 
         Raises:
             CheckpointError: if a name in it is not one of a file in the directory; nothing was taken over.

@@ -39,7 +39,7 @@ class Ready:
         raise ConfigurationError(OTHER_OPTIMIZER)
 
     def for_run(self, engine: Engine, name: str, per: Unit, earlier: LRScheduler | None) -> None:
-        """Keep the scheduler: a second run goes on where the first ended."""
+        """Keep the scheduler: a second run continues where the first ended."""
 
     def on_resume(self, scheduler: LRScheduler | None, before: int, now: int, per: Unit) -> None:
         """Keep the learning rates: no total decided them."""
@@ -57,7 +57,7 @@ class MadeOnce:
         return name, _checked(self.make(optimizer), optimizer)
 
     def for_run(self, engine: Engine, name: str, per: Unit, earlier: LRScheduler | None) -> None:
-        """Keep the scheduler: a second run goes on where the first ended."""
+        """Keep the scheduler: a second run continues where the first ended."""
 
     def on_resume(self, scheduler: LRScheduler | None, before: int, now: int, per: Unit) -> None:
         """Keep the learning rates: no total decided them."""
@@ -107,7 +107,7 @@ def kind_of(given: object) -> Kind:
     """Return what a `Schedule` was given as one of the three kinds.
 
     Raises:
-        ConfigurationError: for what is none of them.
+        ConfigurationError: for anything else.
     """
     if isinstance(given, LRScheduler):
         return Ready(given)

@@ -136,7 +136,7 @@ class Engine:
         (``validate_every``) is described at `Plan`; for a resumed run, ``epochs`` and ``max_steps`` count from where
         the run that is resumed began.
 
-        A second call goes on from where the first stopped; the counters continue. A signal (SIGTERM, SIGUSR1, Ctrl-C)
+        A second call continues where the first stopped, and so do the counters. A signal (SIGTERM, SIGUSR1, Ctrl-C)
         ends the run after the present step; ``history.exit_code`` says so.
 
         ``train`` and ``val`` are iterables of batches, or functions that return one. ``resume`` is "auto" for the

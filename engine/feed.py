@@ -27,7 +27,7 @@ class Feed:
 
     Args:
         seed: the engine's seed; None uses the data as they are.
-        epoch_length: batches of an epoch, if it is not one pass: then the epochs share one pass, and each goes on
+        epoch_length: batches of an epoch, if it is not one pass: then the epochs share one pass, and each continues
             where the one before stopped.
 
     Attributes:

@@ -96,7 +96,7 @@ class Run:
     # What is decided for the run ---------------------------------------------------------------------------
 
     def stop(self, reason: str, epoch: int) -> bool:
-        """Ask for the end of the run after the present step; return False if it goes on until ``min_epochs``."""
+        """Ask for the end of the run after the present step; return False if it continues until ``min_epochs``."""
         num_epochs = epoch - self.first_epoch - (not self.data_exhausted)
         if num_epochs < self.plan.min_epochs:
             logger.info("Training continues until min_epochs=%d, although a stop was asked for: %s",

@@ -64,7 +64,7 @@ class HardestSamples(Callback):
         self.found: tuple[Tensor, ...] = ()
 
     def on_validation_start(self, event: ValidationStart) -> None:
-        """Begin anew."""
+        """Begin again."""
         self.found = ()
 
     def on_validation_step_end(self, event: ValidationStepEnd) -> None:

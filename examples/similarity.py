@@ -65,7 +65,7 @@ def load_fashion_mnist(directory: str) -> Sets:
 
 
 class ClassBatches(Sampler[list[int]]):
-    """Batches of P classes with K samples of each, drawn anew for each batch."""
+    """Batches of P classes with K samples of each, drawn again for each batch."""
 
     def __init__(self, labels: Tensor, num_classes: int, num_samples: int, num_batches: int) -> None:
         self.members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]

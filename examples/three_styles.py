@@ -42,7 +42,7 @@ loss_fn = nn.CrossEntropyLoss()
 
 
 def ingredients(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer, Loader, Loader, list[Callback]]:
-    """Return the same model, optimizer, data and handlers, made anew for each style."""
+    """Return the same model, optimizer, data and handlers, made for each style."""
     torch.manual_seed(0)
     inputs = torch.randn(1000, 2)
     target = (inputs.norm(dim=1) > 1.2).long() + (inputs[:, 0] > 0).long()  # 3 classes

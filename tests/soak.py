@@ -3,7 +3,7 @@
     make soak                                # at least 100 kills over three configurations
     python tests/soak.py --kills 10
 
-Each run is a forked child that trains two epochs with a checkpoint behind every step or two; the parent kills it after
+Each run is a forked child that trains two epochs with a checkpoint after every step or two; the parent kills it after
 a random time, again and again, until it gets through. What it leaves (weights, optimizer, averages, history) must be
 bit-identical to the uninterrupted run's. Prints kills, resumes and mismatches; exits 1 if there is a mismatch.
 """

@@ -170,7 +170,7 @@ def test_data_parallel_trains_and_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_optimizer_beside_it_is_of_the_same_moment(tmp_path: Path) -> None:
-    """best.optimizer.pt goes on with exactly the updates that followed the best epoch."""
+    """best.optimizer.pt continues with exactly the updates that followed the best epoch."""
     data = class_batches(8, 8, 3)
     trainer = make_trainer(BestCheckpoint("train_loss", "max", tmp_path))  # the loss falls: the first stays the best
     moments: list[Tensor] = []

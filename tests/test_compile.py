@@ -128,7 +128,7 @@ def test_checkpoints_hold_plain_names_and_load_with_and_without_it(tmp_path: Pat
 
 
 def test_evaluations_use_the_average_of_the_weights() -> None:
-    """Compiled code reads the weights anew, also where they were exchanged."""
+    """Compiled code reads the weights again, also where they were exchanged."""
     values = []
     for callbacks in ([Compile(backend="eager")], []):
         trainer = make_trainer(*callbacks, WeightAverage("ema", decay=0.9), model=net())

@@ -22,7 +22,7 @@ BATCH = torch.zeros(1)
     ("values", "patience", "last_epoch"),
     [
         ([3, 2, 1, 1, 1, 1], 2, 5),  # an equal value is no gain
-        ([3, 2, 1, 2, 2, 0, 1, 1, 1, 1], 3, 9),  # a gain starts the count anew
+        ([3, 2, 1, 2, 2, 0, 1, 1, 1, 1], 3, 9),  # a gain starts the count again
         ([1, 2, 2], 1, 2),
         ([3, 2, 1], 1, 3),  # better each time: never
         ([1, 2, 3, 4], 5, 4),  # too short to stop

@@ -84,7 +84,7 @@ def test_a_built_in_event_is_found_by_its_hook(event: type[Event]) -> None:
 
 
 def make_event() -> type[Event]:
-    """Define the event anew, as a notebook's cell does that runs twice."""
+    """Define the event again, as a notebook's cell does that runs twice."""
 
     @dataclass(frozen=True, slots=True)
     class Redefined(Event):

@@ -1,4 +1,4 @@
-"""Every recipe runs as it stands, learns, and leaves a finished run directory behind.
+"""Every recipe runs as it is, learns, and leaves a finished run directory behind.
 
 Each test's docstring says what the asserted number would be for a model that has learnt nothing.
 """

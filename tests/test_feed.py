@@ -107,7 +107,7 @@ def read(loader: Any, epoch: int = 1, skip: int = 0, seed: int = 5) -> list[Tens
 
 
 @pytest.mark.parametrize("settings", [{"shuffle": True}, {"shuffle": False}, {"shuffle": True, "drop_last": True}])
-def test_a_seeded_pass_is_the_same_with_any_number_of_workers_and_behind_any_batch(settings: dict[str, Any]) -> None:
+def test_a_seeded_pass_is_the_same_with_any_number_of_workers_and_after_any_batch(settings: dict[str, Any]) -> None:
     through = read(DataLoader(Doubled(11), 3, **settings))
     assert len(through) == (3 if settings.get("drop_last") else 4)
     for workers, skip in ((0, 0), (0, 2), (2, 0), (2, 1)):
@@ -165,7 +165,7 @@ def test_a_sample_that_raises_says_where_it_stands() -> None:
 
 
 def resumed(data: Any, batches: int = 6, cut: int = 4) -> tuple[list[Any], list[Any]]:
-    """Return the batches of a pass behind ``cut``, read through and resumed."""
+    """Return the batches of a pass after ``cut``, read in one go and resumed."""
     first, again = Feed(), Feed()
     reading = first.begin(data, 1, 0)
     through = [next(reading) for _ in range(cut)]
@@ -195,7 +195,7 @@ def test_a_loader_with_generators_of_its_own_resumes_with_them() -> None:
     assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through]
 
 
-def test_a_loader_without_batching_resumes_behind_its_samples() -> None:
+def test_a_loader_without_batching_resumes_after_its_samples() -> None:
     through, again = resumed(DataLoader(Doubled(6), batch_size=None, shuffle=True))
     assert [sample.tolist() for sample in again] == [sample.tolist() for sample in through]
 

@@ -390,7 +390,7 @@ def test_a_number_improves_on_a_first_value_of_nan() -> None:
 
 
 def test_early_stopping_is_not_reset_by_a_validation_or_an_evaluation() -> None:
-    """The count goes on from one check to the next, whatever else is evaluated between them."""
+    """The count continues from one check to the next, whatever else is evaluated between them."""
     trainer = make_trainer(EarlyStopping("val_loss", patience=3, min_delta=1e6))
     trainer.subscribe(EpochEnd, lambda event: trainer.evaluate(make_batches(2)))
     history = trainer.fit(make_batches(2, 2), make_batches(2), epochs=50)
@@ -699,7 +699,7 @@ def test_the_size_of_a_dict_batch_is_its_samples_and_not_its_keys() -> None:
 
 
 def test_nothing_of_an_earlier_evaluation_is_left_in_a_metric() -> None:
-    """Every stage starts anew, with metrics of its own: a look beforehand does not lift the best."""
+    """Every stage starts again, with metrics of its own: a look beforehand does not lift the best."""
 
     def step(engine: Engine, batch: Batch) -> None:
         engine.measure(*batch)

@@ -58,7 +58,7 @@ def test_halved_batches_give_the_weights_and_averages_of_whole_ones(
 
 
 def test_an_open_window_survives_two_failed_tries_of_which_one_had_begun_to_learn() -> None:
-    """The second batch fails as a whole, and then in the second of its two parts, behind the first one's backward."""
+    """The second batch fails as a whole, and then in the second of its two parts, after the backward of the first."""
 
     class Late(nn.Linear):
         calls = 0

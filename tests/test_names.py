@@ -1,6 +1,6 @@
 """The public names and their signatures are those of tests/data/names.txt, so that none changes unnoticed.
 
-``python tests/test_names.py`` writes the file anew.
+``python tests/test_names.py`` updates the file.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def test_skip_leaves_out_the_whole_window_that_holds_the_batch_and_no_other() ->
 
 
 def test_skip_works_with_a_loss_scaler() -> None:
-    """A NaN is left out, and the scaler goes on as after any overflow."""
+    """A NaN is left out, and the scaler continues as after any overflow."""
     data = spoilt(2, 4)
     skipping, without = make_trainer(StopOnNonFinite("skip")), make_trainer()
     skipping.update.use_scaler(torch.amp.GradScaler("cpu", init_scale=2.0**10))
@@ -209,7 +209,7 @@ def test_the_class_instead_of_an_instance_is_refused() -> None:
 
 
 def test_a_bad_batch_of_an_open_window_is_remembered_on_resume(tmp_path: Path) -> None:
-    """Batch 1 of a window of three is NaN; the run is cut behind batch 2, and the update is left out all the same."""
+    """Batch 1 of a window of three is NaN; the run is cut after batch 2, and the update is left out all the same."""
     data = class_batches(8, 8, 8, 8, 8, 8)
     data[0] = (data[0][0] * math.nan, data[0][1])
 

@@ -119,7 +119,7 @@ def counted_calls(calls: Counter[str]) -> Iterator[None]:
 
 
 def between(engine: Engine, first: int, last: int, watch: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Enter ``watch()`` for the steps from behind the end of ``first`` to the end of ``last``."""
+    """Enter ``watch()`` for the steps from after the end of ``first`` to the end of ``last``."""
     stack = ExitStack()
     engine.subscribe(StepEnd, lambda event: stack.enter_context(watch()), when=at(first))
     engine.subscribe(StepEnd, lambda event: stack.close(), when=at(last))
@@ -254,7 +254,7 @@ def test_no_tensor_stays_behind(tmp_path: Path) -> None:
         gc.collect()
         alive[event.engine.step] = sum(issubclass(type(one), Tensor) for one in gc.get_objects())
 
-    for step in (100, 1000):  # both behind an update and a reading of the flag
+    for step in (100, 1000):  # both after an update and a reading of the flag
         trainer.subscribe(StepEnd, count, when=at(step))
     train, val = data()
     trainer.fit(train * 7, val, epochs=1)

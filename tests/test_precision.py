@@ -238,7 +238,7 @@ def test_fp16_on_cuda_survives_overflows_of_its_first_scales() -> None:
 
 @pytest.mark.gpu
 def test_resumed_runs_keep_the_scaler_of_the_first_fit() -> None:
-    """A second fit goes on with the scale that the first has found."""
+    """A second fit continues with the scale that the first has found."""
     trainer = make_trainer(Placement("cuda"), MixedPrecision("fp16"))
     trainer.fit(class_batches(64), epochs=1)
     scaler = trainer.update.scaler

@@ -53,7 +53,7 @@ from camshaft.engine.record import Record
 from camshaft.engine.rng import mix, rng_state, set_rng_state
 from camshaft.engine.when import NEVER, Always, When
 
-# Without a deadline, because a busy machine breaks no rule; the inputs are drawn anew only when a test is changed.
+# Without a deadline, because a busy machine breaks no rule; the inputs are drawn again only when a test is changed.
 settings.register_profile("camshaft", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("camshaft")
 

@@ -79,7 +79,7 @@ def test_the_gradients_are_those_of_the_formula(
 
 
 def test_the_loss_that_is_differentiated_is_that_of_the_formula() -> None:
-    """The value itself, too: a handler behind the penalty is offered loss + penalty."""
+    """The value itself, too: a handler after the penalty is offered loss + penalty."""
     data, weights = double_batches(8), arrays(network())
     trainer = make_trainer(Penalty(l1=0.2, l2=0.3), model=network(), lr=0.0)
     losses: list[float] = []

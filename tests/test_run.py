@@ -1,4 +1,4 @@
-"""One run: what handlers decide for it, when that takes effect, and where it stands at each moment."""
+"""One run: what handlers decide for it, when that takes effect, and where it is at each moment."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_with(decision: Decision, event: type[Event], count: int, **settings: Any
     return engine
 
 
-# Where it stands ------------------------------------------------------------------------------------------
+# Where it is ----------------------------------------------------------------------------------------------
 
 
 def phases(engine: Engine, *fit: Any, **settings: Any) -> list[str]:

@@ -135,7 +135,7 @@ SETTINGS = [("plain", None, 0), ("full", None, 0), ("full", 11, 0), ("full", 11,
 
 @pytest.mark.parametrize(("setting", "seed", "workers"), SETTINGS)
 @pytest.mark.parametrize("moment", [StepEnd, ValidationStepEnd], ids=lambda event: event.__name__)
-def test_interrupted_behind_every_step_and_resumed_a_run_ends_as_if_it_had_not_been(
+def test_interrupted_after_every_step_and_resumed_a_run_ends_as_if_it_had_not_been(
     tmp_path: Path, setting: str, seed: int | None, workers: int, moment: type[Any]
 ) -> None:
     through = run(build(None, setting, seed), workers)
@@ -174,7 +174,7 @@ def test_a_plain_loader_with_workers_resumes_in_the_same_order(tmp_path: Path) -
 
 
 def test_a_periodic_checkpoint_of_a_run_that_died_resumes_too(tmp_path: Path) -> None:
-    """The error comes three steps behind the last save, and those steps are made again."""
+    """The error comes three steps after the last save, and those steps are made again."""
     through = run(build(None, "full", None))
     dying = build(tmp_path, "full", None, every_steps=4, keep=2)
 
@@ -337,7 +337,7 @@ def test_a_run_resumed_in_mid_epoch_has_not_done_that_epoch_yet(tmp_path: Path) 
 
 
 def test_a_fit_after_a_resumed_one_reads_its_data_from_the_start(tmp_path: Path) -> None:
-    """Also if the resumed run had nothing left to read: it was cut behind its last step."""
+    """Also if the resumed run had nothing left to read: it was cut after its last step."""
     run(interrupt_at(build(tmp_path, "plain", None), 5), epochs=None, max_steps=5)
     trainer = build(tmp_path, "plain", None)
     run(trainer, epochs=None, max_steps=5, resume="auto")

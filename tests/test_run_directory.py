@@ -407,7 +407,7 @@ def test_logging_does_not_change_the_weights(tmp_path: Path) -> None:
 
 
 def test_validations_in_mid_epoch_have_a_table_and_a_line_each(tmp_path: Path) -> None:
-    """In each style; validations behind an epoch are in its row and line."""
+    """In each style; validations after an epoch are in its row and line."""
     data, val = class_batches(8, 8, 8, 8), class_batches(8)
     run = RunDirectory(tmp_path, terminal=False)
     engine = Engine(callbacks=[run])

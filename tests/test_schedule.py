@@ -229,7 +229,7 @@ def spans(pace: Literal["update", "step", "epoch"], fit: dict[str, Any], *others
 def test_a_function_of_the_total_is_told_how_far_the_run_goes(
     pace: Literal["update", "step", "epoch"], fit: dict[str, Any], others: list[Accumulate], total: int
 ) -> None:
-    """The data have seven batches; each fit is told anew, and the run makes as many updates as was said."""
+    """The data have seven batches; each fit is told again, and the run makes as many updates as was said."""
     copies = [Accumulate(other.batches) for other in others]
     train = repeat(class_batches(*[8] * 7)) if "epoch_length" in fit else None
     assert spans(pace, fit, *copies, train=train) == [total, total]

@@ -87,7 +87,7 @@ def test_the_first_signal_saves_and_ends_the_run_with_its_code(
     assert f"{number.name}: finishing the step; send it again to stop now." in err
     step = int(out.split("step ")[-1].split()[0])
     assert [file.step for file in RunCheckpoint(tmp_path).checkpoints.files()] == [step]
-    if where == "train":  # it goes on, and can be interrupted again
+    if where == "train":  # it continues, and can be interrupted again
         again = start(tmp_path, where, workers)
         os.killpg(again.pid, number)
         out, _ = again.communicate(timeout=60)
@@ -148,7 +148,7 @@ def test_a_run_outside_the_main_thread_installs_nothing() -> None:
     assert engine.step == 2
 
 
-def test_a_real_signal_in_process_ends_the_run_behind_the_step_and_a_second_run_is_free_of_it() -> None:
+def test_a_real_signal_in_process_ends_the_run_after_the_step_and_a_second_run_is_free_of_it() -> None:
     engine = Engine(lambda engine, batch: os.kill(os.getpid(), signal.SIGUSR1) if engine.step == 2 else None)
     history = engine.fit([1, 2, 3, 4], epochs=1)
     assert (engine.step, history.exit_code) == (2, 128 + signal.SIGUSR1)

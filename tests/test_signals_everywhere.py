@@ -296,7 +296,7 @@ class Attempt:
         self.engine.subscribe(event, send)
 
     def refuse_to_pass(self, goal: Engine) -> None:
-        """Make a run fail that goes on long after its end, which might go on for ever."""
+        """Make a run fail that continues long after its end, and might continue for ever."""
 
         def check(event: Event) -> None:
             for counter in ("epoch", "step", "num_validations"):
@@ -484,7 +484,7 @@ def in_short(moments: Iterable[Moment]) -> str:
 
 
 def facts(heard: Iterable[Moment], configuration: Configuration) -> Iterator[Moment]:
-    """Yield what may happen only once; the parts of a validation are made anew where it was cut short."""
+    """Yield what may happen only once; the parts of a validation are made again where it was cut short."""
     for moment in heard:
         if moment.event in OF_A_VALIDATION or (moment.event == "BatchReady" and moment.stage == "val"):
             is_fact = configuration.only_within

@@ -1,6 +1,6 @@
 """Every event of a run, in order and with the counters, is what the files tests/data/timeline_*.txt say.
 
-``python tests/test_timeline.py`` writes the files anew.
+``python tests/test_timeline.py`` updates the files.
 """
 
 from __future__ import annotations

@@ -642,7 +642,7 @@ def test_a_bad_loss_skips_the_update_of_its_own_optimizer() -> None:
 
 @pytest.mark.parametrize("cut", range(1, 10))
 def test_a_run_with_two_open_windows_resumes_to_the_bit(cut: int, tmp_path: Path) -> None:
-    """Cut behind each of ten steps, in windows of three with a scaler for each optimizer."""
+    """Cut after each of ten steps, in windows of three with a scaler for each optimizer."""
 
     def run(checkpoint: list[Callback], stop: int | None, resume: str | None) -> Duel:
         duel = Duel(Accumulate(3), *checkpoint)
