@@ -79,6 +79,14 @@ def has_positions(data: object) -> TypeGuard[DataLoader[Any]]:
     return type(data) is DataLoader and not isinstance(data.dataset, IterableDataset)
 
 
+def foreign_sampler(loader: DataLoader[Any]) -> str | None:
+    """Return the name of the class of a sampler that is not torch's; None if all of them are."""
+    batch_sampler = loader.batch_sampler
+    samplers = (loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    names = (type(sampler).__name__ for sampler in samplers if not type(sampler).__module__.startswith("torch."))
+    return next((name for name in names if name != "NoneType"), None)
+
+
 class Stateful(Protocol):
     """A loader that keeps its own position, as torchdata's StatefulDataLoader does."""
 

@@ -8,8 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
-from .data import Data, check_data, empty_message, has_positions, is_stateful, loader_like, num_batches, one_pass
+from .data import (
+    Data,
+    check_data,
+    empty_message,
+    foreign_sampler,
+    has_positions,
+    is_stateful,
+    loader_like,
+    num_batches,
+    one_pass,
+)
 from .errors import DataError
 from .rng import generator_states, rng_state, set_generator_states, set_rng_state
 from .seeded import SeededLoader
@@ -107,17 +118,17 @@ class Feed:
     def exactness(self) -> str:
         """Return how exactly a run over the present data can be resumed within an epoch, in words."""
         data = self.data
-        if self._seeded is not None:
-            return "bit-identical"
-        if is_stateful(data):
+        if self._seeded is None and is_stateful(data):
             return "as exact as the loader's own state_dict"
-        if has_positions(data):
-            if data.num_workers == 0:
-                return "bit-identical"
-            return "same order (random augmentation in workers differs; pass seed= to make it exact)"
         if isinstance(data, Sequence):
             return "bit-identical"
-        return "replayed: the consumed batches are read again, and must come out alike"
+        if not has_positions(data):
+            return "replayed: the consumed batches are read again, and must come out alike"
+        if self._seeded is None and data.num_workers:
+            return _exactness_with_workers(data)
+        if name := foreign_sampler(data):
+            return f"bit-identical, unless {name} draws random numbers from a generator that is not torch's"
+        return "bit-identical"
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """Return the position in the data after ``step``; None if there are no data yet."""
@@ -162,6 +173,12 @@ class Feed:
 
             batches = _skip_batches(data, consumed, restore_generators)
         return _Pass(state["epoch"], step - consumed, state["rng"], batches)
+
+
+def _exactness_with_workers(loader: DataLoader[Any]) -> str:
+    if loader.persistent_workers or generator_states(loader):
+        return "not known (persistent workers, or a generator of the loader's own; pass seed= to make it exact)"
+    return "same order (random augmentation in workers differs; pass seed= to make it exact)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 
 from .batch import tree_map
 from .data import has_positions, loader_like, one_pass
-from .rng import mix, preserve_rng, seed_everything
+from .rng import generator_states, mix, preserve_rng, seed_everything, set_generator_states
 
 logger = logging.getLogger("camshaft")
 
@@ -96,13 +96,16 @@ class _PositionedBatches:
         return torch.randperm(num, generator=torch.Generator().manual_seed(mix(self._seed, epoch, 1) % 2**63))
 
     def _foreign(self, epoch: int, skip: int) -> Iterator[list[Any]]:
-        """Run a sampler of someone else's under the epoch's seed."""
-        sampler = self._loader.sampler
+        """Run a sampler of another kind under the epoch's seed, also its own torch generators."""
+        sampler, own = self._loader.sampler, generator_states(self._loader)
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(epoch)
+        seed = mix(self._seed, epoch, 1) % 2**63
         with preserve_rng():
-            seed_everything(mix(self._seed, epoch, 1) % 2**63)
+            seed_everything(seed)
+            set_generator_states(self._loader, [torch.Generator().manual_seed(seed).get_state() for _ in own])
             lists = list(self._loader.batch_sampler or ())
+        set_generator_states(self._loader, own)
         position = 0
         for number, indices in enumerate(lists):
             if number >= skip:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import loader_of, num_calls, pairs, refused, regression
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, WeightedRandomSampler
 
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, repeat
 from camshaft.engine.data import check_data, num_batches
@@ -222,11 +222,31 @@ def test_a_loader_with_a_state_of_its_own_is_asked_for_it() -> None:
     assert again == through == [5, 6]
 
 
+class Backwards(Sampler[int]):
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __iter__(self) -> Iterator[int]:
+        yield from reversed(range(self.num))
+
+
+class Pairs(Sampler[list[int]]):
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([index, index + 1] for index in range(0, self.num, 2))
+
+
 @pytest.mark.parametrize(
     ("data", "seeded", "words"),
     [
         (DataLoader(Doubled(4)), False, "bit-identical"),
         (DataLoader(Doubled(4), num_workers=2), False, "same order"),
+        (DataLoader(Doubled(4), num_workers=2, persistent_workers=True), False, "not known"),
+        (DataLoader(Doubled(4), num_workers=2, generator=torch.Generator()), False, "not known"),
+        (DataLoader(Doubled(4), sampler=Backwards(4)), False, "bit-identical, unless Backwards draws"),
+        (DataLoader(Doubled(4), batch_sampler=Pairs(4)), True, "bit-identical, unless Pairs draws"),
         (DataLoader(Doubled(4), num_workers=2), True, "bit-identical"),
         ([1, 2], False, "bit-identical"),
         (DataLoader(Stream()), False, "replayed"),
