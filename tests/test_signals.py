@@ -183,3 +183,24 @@ def test_a_signal_after_the_first_of_two_overlapping_runs_interrupts_the_second(
     os.kill(os.getpid(), signal.SIGTERM)
     assert list(second) == []
     assert [engine.history.exit_code for engine in engines] == [0, 143]
+
+
+def test_a_signal_during_a_run_within_a_step_of_another_run_interrupts_both() -> None:
+    """As when a handler runs the learning-rate finder."""
+    inner = Engine(lambda engine, batch: os.kill(os.getpid(), signal.SIGTERM))
+    outer = Engine(lambda engine, batch: inner.fit([1, 2], epochs=1) and None)
+    outer.fit([1, 2], epochs=1)
+    assert [engine.step for engine in (inner, outer)] == [1, 1]
+    assert [engine.history.exit_code for engine in (inner, outer)] == [143, 143]
+
+
+def test_after_a_second_signal_nothing_of_the_run_is_left_installed() -> None:
+    before = {name: signal.getsignal(name) for name in HANDLED}
+
+    def step(engine: Engine, batch: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(step).fit([1, 2], epochs=1)
+    assert {name: signal.getsignal(name) for name in HANDLED} == before
