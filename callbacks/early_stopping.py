@@ -63,11 +63,11 @@ class EarlyStopping(Callback):
         self.monitor.attach(engine, self._check)
 
     def on_fit_end(self, event: FitEnd) -> None:
-        """Remember that a further run is another one."""
+        """Remember that this run is over."""
         self._run_is_over = True
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Begin a further run with the whole patience."""
+        """Reset the patience at the start of another run."""
         if self._run_is_over:
             self.num_checks_without_gain = 0
             self._run_is_over = False

@@ -180,7 +180,7 @@ class Ignite(Callback):
         return {"metrics": [_state_of(metric) for metric in self._train.metrics()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the metrics go on from there, if they are as many as they were."""
+        """Load the states of the metrics, if as many metrics are attached as were saved."""
         metrics = self._train.metrics()
         if len(metrics) != len(state["metrics"]):
             logger.warning("%d metrics of ignite's were saved, and %d are attached. They begin again.",

@@ -23,6 +23,7 @@ from camshaft.engine import (
     whole_number,
 )
 
+from .micro_batch import StepInParts
 from .placement import Placement
 from .precision import MixedPrecision
 
@@ -72,6 +73,7 @@ class LearningRateFinder:
             DataError: if the loss never fell.
         """
         step = trainer.stepper if isinstance(trainer, Engine) else None
+        step = step.step if isinstance(step, StepInParts) else step
         if not isinstance(step, SupervisedStep):
             raise ConfigurationError(
                 f"LearningRateFinder needs what Trainer(...) returns, and got {_kind(trainer)}. Pass a trainer."
@@ -87,10 +89,12 @@ class LearningRateFinder:
         self.learning_rates, self.losses = [], []
         scout.subscribe(StepEnd, self._look)
         states = generator_states(train)
-        with preserve_rng():
-            self._set_rate(scout, 0)
-            scout.fit(repeat(train), epochs=1, epoch_length=self.num_steps)
-        set_generator_states(train, states)
+        try:
+            with preserve_rng():
+                self._set_rate(scout, 0)
+                scout.fit(repeat(train), epochs=1, epoch_length=self.num_steps)
+        finally:
+            set_generator_states(train, states)
         self.suggestion = self._steepest()
         return self.suggestion
 
@@ -120,7 +124,7 @@ class LearningRateFinder:
         self.losses.append(loss)
         best = min(self.losses)
         if not loss <= best + 3 * abs(best):  # four times a positive best; also when it is NaN
-            scout.stop("the loss has grown out of hand")
+            scout.stop("the loss diverged")
         self._set_rate(scout, scout.step)
 
     def _rate(self, step: int) -> float:

@@ -36,6 +36,8 @@ class MicroBatch(Callback):
         torch.OutOfMemoryError: if a single sample does not fit.
     """
 
+    unique = True
+
     def __init__(self, num_parts: int = 1) -> None:
         self.num_parts = whole_number("MicroBatch's num_parts", num_parts, least=1)
 
@@ -46,7 +48,7 @@ class MicroBatch(Callback):
 
     def _wrapped(self, step: Step) -> Step:
         if isinstance(step, SupervisedStep):
-            return _StepInParts(step, self)
+            return StepInParts(step, self)
         raise ConfigurationError(
             "MicroBatch divides the step of a Trainer, and this engine has a step of its own. "
             "Call engine.update(loss, num_samples, batch_size=num_samples_of_the_batch) for each part."
@@ -64,12 +66,16 @@ class MicroBatch(Callback):
         return f"MicroBatch({self.num_parts})"
 
 
-class _StepInParts:
-    """A trainer's step that takes a batch in parts."""
+class StepInParts:
+    """A trainer's step that takes a batch in parts.
+
+    Attributes:
+        step: the step of the trainer.
+    """
 
     def __init__(self, step: SupervisedStep, settings: MicroBatch) -> None:
         self.evaluate, self.inputs = step.evaluate, step.inputs
-        self._step = step
+        self.step = step
         self._settings = settings
 
     def train(self, engine: Engine, batch: Any, /) -> None:
@@ -78,7 +84,7 @@ class _StepInParts:
         window = tree_map(Tensor.clone, engine.update.state_dict())  # holds gradients only if one is open
         while True:
             try:
-                self._step.train_in_parts(engine, _split(batch, min(settings.num_parts, total), total), total)
+                self.step.train_in_parts(engine, _split(batch, min(settings.num_parts, total), total), total)
                 return
             except torch.OutOfMemoryError:
                 engine.update.reset()
@@ -92,7 +98,7 @@ class _StepInParts:
 
 
 def _split(batch: Any, num_parts: int, total: int) -> list[Any]:
-    """Return the parts of a batch; what has not one item per sample goes with each."""
+    """Split a batch into parts; a value without one item per sample is passed unchanged to each part."""
     size = -(-total // num_parts)
     return [_cut(batch, start, start + size, total) for start in range(0, total, size)]
 

@@ -33,7 +33,7 @@ class Monitor:
         self.mode = mode
 
     def attach(self, engine: Engine, check: Callable[[Engine, float], None]) -> None:
-        """Call ``check(engine, value)`` at each new value, and look before the run whether there will be any."""
+        """Call ``check(engine, value)`` at each new value, and check before the run that the value will exist."""
         engine.subscribe(FitStart, self._before_run)
 
         def read(event: ValidationEnd | EpochEnd) -> None:

@@ -53,7 +53,7 @@ class ProgressBar(Callback):
         return self._file or sys.stderr
 
     def attach(self, engine: Engine) -> None:
-        """Subscribe; bars are painted at most so often."""
+        """Subscribe, and limit how often bars are redrawn."""
         super().attach(engine)
         draws = in_notebook() or self.file.isatty()
         if draws:

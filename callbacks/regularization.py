@@ -41,7 +41,7 @@ class Penalty(Callback):
     def __init__(self, *, l1: float = 0.0, l2: float = 0.0, parameters: Selection | None = None) -> None:
         if not (is_number(l1) and is_number(l2) and min(l1, l2) >= 0 and max(l1, l2) > 0):
             raise ConfigurationError(
-                f"Penalty got l1={l1!r} and l2={l2!r}. Pass numbers of at least 0, one of them above."
+                f"Penalty got l1={l1!r} and l2={l2!r}. Pass numbers of at least 0, of which at least one is positive."
             )
         self.l1 = l1
         self.l2 = l2

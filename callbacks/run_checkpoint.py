@@ -1,4 +1,4 @@
-"""Checkpoints of the whole run, to be killed at any step and lose nothing."""
+"""Checkpoints of the complete run, which can then be killed at any step and resumed."""
 
 from __future__ import annotations
 

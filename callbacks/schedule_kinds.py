@@ -27,7 +27,7 @@ OTHER_OPTIMIZER = (
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A scheduler that was made before; all runs go along it."""
+    """An existing scheduler, which all runs share."""
 
     scheduler: LRScheduler
 
@@ -47,7 +47,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class MadeOnce:
-    """A function ``optimizer -> scheduler``; all runs go along what it returns."""
+    """A function ``optimizer -> scheduler``; all runs share its scheduler."""
 
     make: Callable[..., object]
 
@@ -65,7 +65,7 @@ class MadeOnce:
 
 @dataclass(frozen=True, slots=True)
 class MadeForEachRun:
-    """A function ``(optimizer, total) -> scheduler``; each run goes along another, from its beginning."""
+    """A function ``(optimizer, total) -> scheduler``; each run gets a new scheduler."""
 
     make: Callable[..., object]
 

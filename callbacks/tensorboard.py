@@ -64,7 +64,7 @@ class TensorBoard(Callback):
             self._file = None
 
     def _write(self, file: BinaryIO, **fields: Any) -> None:
-        """Append one record; tensorboardX's own writer has a thread that dies on a full disk, and then all waits."""
+        """Append one record; tensorboardX's own writer has a thread that dies on a full disk, and training hangs."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.record_writer import masked_crc32c
 

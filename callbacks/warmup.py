@@ -20,7 +20,7 @@ def warmup_cosine(
     start_factor: float = 0.01,
     min_lr: float = 0.0,
 ) -> LambdaLR:
-    """Return a scheduler: a linear warm-up, then a cosine down to ``min_lr``, which stays.
+    """Return a scheduler: a linear warm-up, then a cosine decay to ``min_lr``, which is kept afterwards.
 
     ``Schedule(warmup_cosine, per="update")`` spans the whole run; `functools.partial` sets more.
 

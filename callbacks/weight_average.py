@@ -17,6 +17,7 @@ from camshaft.engine import (
     Engine,
     FitEnd,
     FitStart,
+    RunFailed,
     UpdateEnd,
     call_model,
     check_data,
@@ -84,6 +85,7 @@ class WeightAverage(Callback):
         self.batch_norm_data = batch_norm_data
         self.load_at_end = load_at_end
         self._num_updates = 0  # of the model: a run may update other modules, too
+        self._failed = False
         self._of_model: set[torch.optim.Optimizer] = set()
 
     def attach(self, engine: Engine) -> None:
@@ -94,7 +96,8 @@ class WeightAverage(Callback):
         engine.listeners.around("evaluation", lambda: self._swapped(engine))
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Make the average, a copy of the model where it is by now; a resumed run loads it afterwards."""
+        """Create the average as a copy of the model on its present device; a resumed run then loads its values."""
+        self._failed = False
         parts = event.engine.parts
         own = {id(parameter) for parameter in parts["model"].parameters()}
         optimizers = event.engine.parts.optimizers().values()
@@ -113,13 +116,17 @@ class WeightAverage(Callback):
         if number > 0 and number % self.every == 0:
             event.engine.parts["weight_average"].update_parameters(unwrap(event.engine.parts["model"]))
 
+    def on_run_failed(self, event: RunFailed) -> None:
+        """Remember that the statistics of a failed run are of no use."""
+        self._failed = True
+
     def on_fit_end(self, event: FitEnd) -> None:
         """Compute the batch-norm statistics and load the average, if asked to."""
         engine = event.engine
         average = engine.parts.get("weight_average")
         if average is None or not average.n_averaged:
             return
-        if self.batch_norm_data is not None:
+        if self.batch_norm_data is not None and not self._failed and engine.run.interrupted is None:
             with preserve_rng(), torch.no_grad(), self._swapped(engine):
                 _compute_statistics(engine, unwrap(engine.parts["model"]), self.batch_norm_data)
         if self.load_at_end:
@@ -183,9 +190,11 @@ def _compute_statistics(engine: Engine, module: nn.Module, data: Data) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
     module.train()
-    for batch in one_pass(data) if norms else ():
-        inputs = prepare_batch(batch)[0] if engine.stepper is None else engine.stepper.inputs(batch)
-        call_model(module, tree_map(lambda tensor: tensor.to(engine.parts.device), inputs))
-    module.train(training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        for batch in one_pass(data) if norms else ():
+            inputs = prepare_batch(batch)[0] if engine.stepper is None else engine.stepper.inputs(batch)
+            call_model(module, tree_map(lambda tensor: tensor.to(engine.parts.device), inputs))
+    finally:
+        module.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -72,7 +72,7 @@ class Callback:
         Called once, in the order of ``callbacks=``.
 
         Raises:
-            ConfigurationError: if it was attached to another engine before, whose values it would bring along.
+            ConfigurationError: if it was attached to another engine, because it still holds values from that engine.
             HandlerError: if a method matches no event, or cannot take one event.
         """
         if self._is_attached:
@@ -103,7 +103,7 @@ class Callback:
         """Take back what `state_dict` returned. Called after ``on_fit_start``."""
 
     def before_resume(self, state: dict[str, Any]) -> None:
-        """Look at what `state_dict` returned, before a run that resumes begins: for what others need in FitStart."""
+        """Prepare what other callbacks need in FitStart; called with the saved state before a resumed run begins."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -204,7 +204,7 @@ def check_handler(event: type[Event], handler: object) -> None:
     name = describe(handler)
     should = f'Write "def {getattr(handler, "__name__", "handler")}(event: {event.__name__})".'
     if isinstance(handler, type) or not callable(handler):
-        raise HandlerError(f"{name} is not a function, but it is to handle {event.__name__}. {should}")
+        raise HandlerError(f"{name} is not a function, so it cannot handle {event.__name__}. {should}")
     called = handler if inspect.isroutine(handler) else type(handler).__call__
     if any(
         kind(called) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)

@@ -3,8 +3,8 @@
 `Engine.fit` is all of it. `Engine.epochs`, `Engine.train` and `Engine.validate` are its parts, and the script
 style: your own two loops over the same events.
 
-Longer than other files, because the order in which a run does things is what one reads it for: it is all here, and
-what it is made of is not.
+This file is longer than the others because it contains the complete order in which a run does things. The objects
+that a run is made of are in files of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, NoReturn, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ from .run import NO_RUN, Phase, Run
 from .signals import handled_signals
 from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
 from .state import find_state, load_state
-from .step import FunctionStep, Step, StepFunction, StepOutput
+from .step import Step, StepFunction, StepOutput, as_step
 from .update import Update
 
 E = TypeVar("E", bound=Event)
@@ -99,7 +99,7 @@ class Engine:
         **parts: Any,
     ) -> None:
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
-        self.stepper: Step | None = step if step is None or isinstance(step, Step) else FunctionStep(step)
+        self.stepper = step if step is None else as_step(step)
         self.epoch = self.step = self.validation_step = 0
         self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
         self.parts = Parts(parts)
@@ -180,9 +180,11 @@ class Engine:
     def train(self, data: Data) -> Iterator[Any]:
         """Yield each training batch; the loop body is the training step."""
         run = self._require_run("train")
+        if not run.begin_pass():
+            return
         batches = self._begin_training(run, data)
         batch_ready, step_end, settled = self._batch_ready, self._step_end, self._settled
-        self.current = stage = run.stage
+        self.current = stage = run.training_stage
         step, reading = self.step, True
         try:
             for batch in batches:
@@ -190,7 +192,7 @@ class Engine:
                 self.step = step = step + 1
                 if step >= batch_ready.due:
                     batch = batch_ready.transform(lambda batch: BatchReady(self, batch), batch, step)
-                stage.batch, stage.output = batch, None
+                stage.batch, stage.output, stage.target = batch, None, NOTHING
                 yield batch
                 if step >= step_end.due and step > run.ended_step:  # a validation in the loop's body has ended it
                     run.ended_step = step
@@ -215,7 +217,7 @@ class Engine:
         """Yield each validation batch, in eval mode and without gradients; training continues unchanged afterwards."""
         run = self._require_run("validate")
         self._end_step(run)
-        if not run.begin_validation(in_step=self.current is run.stage):
+        if not run.begin_validation(in_step=self.current is run.training_stage):
             return
         self.num_validations += 1
         step_end = self._validation_step_end
@@ -293,6 +295,8 @@ class Engine:
     def predict(self, data: Data) -> Any:
         """Return the outputs of the part ``model`` over ``data``, joined along the first dimension, on the CPU."""
         step, outputs = self._require_step(), []
+        if "model" not in self.parts:
+            raise ConfigurationError("predict needs the part named model. Write Engine(step, model=model, ...).")
         with self._evaluating("predict", data):
             for batch in self._evaluation_batches("data", data):
                 with self.scope("forward"):
@@ -305,7 +309,7 @@ class Engine:
         check_data("val" if name == "val" else "data", data)
         outer, self.current = self.current, CurrentStage(name, self.stages[name], num_batches(data))
         self.stages[name].reset()
-        self.validation_step = 0
+        outer_step, self.validation_step = self.validation_step, 0
         try:
             with preserve_rng(), torch.no_grad(), self.parts.preserve_modes():
                 for module in self.parts.modules().values():
@@ -314,6 +318,8 @@ class Engine:
                     yield self.current
         finally:
             self.current = outer
+            if outer.name not in ("", "train"):  # an evaluation within a validation
+                self.validation_step = outer_step
 
     def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
         batches, current = one_pass(data), self.current
@@ -328,7 +334,7 @@ class Engine:
             self.validation_step += 1
             if self.step >= self._batch_ready.due:
                 batch = self._batch_ready.transform(lambda batch: BatchReady(self, batch), batch, self.step)
-            current.batch, current.output = batch, None
+            current.batch, current.output, current.target = batch, None, NOTHING
             yield batch
         if not self.validation_step:
             raise DataError(empty_message(name, data))
@@ -353,7 +359,7 @@ class Engine:
         """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
         if self.run is not NO_RUN:
             raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
-        found = None if resume is None else find_state(self.listeners.callbacks, resume)
+        found = None if resume is None else find_state(self, resume)
         run = self._begin_run(plan, feed, has_validation, is_resuming=resume is not None)
         try:
             with self.parts.preserve_modes(), self.scope("fit"), handled_signals(run.interrupt):
@@ -379,13 +385,14 @@ class Engine:
             self.run, self.current = NO_RUN, CurrentStage()
 
     def _begin_run(self, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool) -> Run:
-        if self.num_fits:
+        if self.epoch:
             logger.info("Continuing from epoch %d, step %d.", self.epoch, self.step)
         elif self.seed is not None:
             seed_everything(self.seed)
         self.num_fits += 1
+        self.history.reason, self.history.interrupted = "", None
         self.listeners.rewind()
-        self.update.reset()
+        self.update.begin_run()
         self.run = Run(
             plan, feed, epoch=self.epoch, step=self.step, has_validation=has_validation, is_resuming=is_resuming
         )
@@ -416,8 +423,8 @@ class Engine:
         self.emit(EpochStart(self))
 
     def _begin_training(self, run: Run, data: Data) -> Iterator[Any]:
-        if run.phase > Phase.READING or run.interrupted or (self.epoch_step and run.ends_epoch):
-            return iter(())  # resumed after the last batch of an epoch, whose end is still to come
+        if run.interrupted or (self.epoch_step and run.ends_epoch):
+            return iter(())  # as when resumed after the last batch of an epoch, whose end is still to come
         batches = run.feed.begin(data, self.epoch, self.step)
         run.epoch_length = run.plan.epoch_length or run.feed.length
         run.settle(self.epoch, self.step)
@@ -428,19 +435,21 @@ class Engine:
         if self.step > run.ended_step:
             run.ended_step = self.step
             if self.step >= self._step_end.due:
-                self._step_end.emit(StepEnd(self, run.stage.batch, run.stage.output), self.step)
+                outer, self.current = self.current, run.training_stage  # a loop that was left has no stage any more
+                self._step_end.emit(StepEnd(self, self.batch, self.output), self.step)
+                self.current = outer
 
     def _end_training(self, run: Run) -> None:
-        if run.interrupted or run.phase is not Phase.READING:
+        if run.interrupted:
             return
         run.feed.end(self.epoch, self.epoch_step, is_complete=run.ends_epoch)
         run.phase = Phase.FLUSHING
         self._flush(run)
-        run.phase = Phase.ENDING
+        run.end_pass()
 
     def _flush(self, run: Run) -> None:
         """Make the update of a window that the epoch's end cut short; that is still training."""
-        self.current = run.stage
+        self.current = run.training_stage
         self.update.flush()
         self.current = CurrentStage()
 
@@ -479,6 +488,8 @@ class Engine:
         except Exception as second:
             if error is None:
                 raise
+            if isinstance(error, GeneratorExit):  # a loop that was left: nobody sees its notes
+                logger.error("A handler failed while the run was ending.", exc_info=second)
             error.add_note(f"While the run was ending, too: {second!r}")
 
     # Small things --------------------------------------------------------------------------------------
@@ -559,6 +570,11 @@ class Engine:
     def directory(self) -> Path | None:
         """Where handlers write their files; None without a `RunDirectory`."""
         return next((one.run_directory for one in self.callbacks if one.run_directory is not None), None)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise EngineStateError(
+            "An engine cannot be copied, because its handlers hold it. Make a second one, with callbacks of its own."
+        )
 
     # Listening -----------------------------------------------------------------------------------------
 

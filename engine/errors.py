@@ -91,6 +91,6 @@ def whole_number(name: str, value: object, *, least: int) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < least:
         raise ConfigurationError(
-            f"{name} is {value!r}, but it counts something. Pass a whole number of at least {least}."
+            f"{name} is {value!r}, which is not a count. Pass a whole number of at least {least}."
         )
     return operator.index(value)

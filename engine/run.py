@@ -45,7 +45,7 @@ class Run:
         first_epoch, first_step: the engine's counters when the run, or the run that it resumes, began.
         last_epoch, last_step: where it will end; infinite where there is no limit.
         phase: where it is within an epoch.
-        stage: the training stage of the present epoch.
+        training_stage: the training stage of the present epoch.
         epoch_length: training steps of an epoch; None where that is unknown.
         step_before_epoch: the training steps done before the present epoch.
         ended_step: the last step whose `StepEnd` was announced.
@@ -60,10 +60,11 @@ class Run:
     """
 
     __slots__ = (
-        "_num_validated", "_num_validations_to_skip", "_save_was_asked", "_skips_update",
-        "_validates_in_step", "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step",
-        "has_validation", "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation",
-        "phase", "plan", "save_is_due", "stage", "step_before_epoch", "stop_reason", "validation_was_cut",
+        "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated", "_num_validations_to_skip",
+        "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step", "ends_epoch", "epoch_length",
+        "feed", "first_epoch", "first_step", "has_validation", "interrupted", "is_over", "is_resuming", "last_epoch",
+        "last_step", "last_validation", "phase", "plan", "save_is_due", "step_before_epoch", "stop_reason",
+        "training_stage", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
@@ -76,7 +77,7 @@ class Run:
         self.first_epoch, self.first_step = epoch, step
         self.last_epoch, self.last_step = self._goal()
         self.phase = Phase.BETWEEN
-        self.stage = CurrentStage()
+        self.training_stage = CurrentStage()
         self.epoch_length = plan.epoch_length or feed.length
         self.step_before_epoch = self.ended_step = step
         self.stop_reason: str | None = None
@@ -88,7 +89,10 @@ class Run:
         self.due = 0
         self.ends_epoch = False
         self._save_was_asked = False
+        self._is_updating = False  # whether an update is about to be made
         self._skips_update = False
+        self._num_passes = 0  # loops over training data that this epoch has ended
+        self._num_passes_to_skip = 0  # of those, the ones that ended before the run was resumed
         self._num_validated = 0  # validations of this epoch that were not within a step
         self._num_validations_to_skip = 0  # of those, the ones that were done before the run was resumed
         self._validates_in_step = False
@@ -117,7 +121,15 @@ class Run:
         self.due = 0
 
     def skip_update(self) -> None:
-        """Leave out the update that is about to be made; for handlers of `GradientsReady`."""
+        """Leave out the update that is about to be made; for handlers of `GradientsReady`.
+
+        Raises:
+            EngineStateError: at any other moment.
+        """
+        if not self._is_updating:
+            raise EngineStateError(
+                "skip_update was called when no update was about to be made. Call it in a handler of GradientsReady."
+            )
         self._skips_update = True
 
     def settle(self, epoch: int, step: int, *, is_announced: bool = False) -> bool:
@@ -143,9 +155,13 @@ class Run:
         self.is_over = self.interrupted is not None or (self.phase is Phase.BETWEEN and not goes_on)
         return self.is_over
 
+    def begin_update(self) -> None:
+        """Let handlers decide about the update that is about to be made."""
+        self._is_updating = True
+
     def settle_update(self) -> bool:
         """Return whether the update that is about to be made is to be left out."""
-        skips, self._skips_update = self._skips_update, False
+        skips, self._skips_update, self._is_updating = self._skips_update, False, False
         return skips
 
     # Where it is -------------------------------------------------------------------------------------------
@@ -168,10 +184,24 @@ class Run:
     def begin_epoch(self, record: Record, step: int) -> None:
         """Open an epoch, whose training values go into ``record``."""
         self.phase = Phase.READING
-        self.stage = CurrentStage("train", record)
+        self.training_stage = CurrentStage("train", record)
         self.step_before_epoch = step
         self.last_validation = {}
+        self._num_passes = self._num_passes_to_skip = 0
         self._num_validated = self._num_validations_to_skip = 0
+
+    def begin_pass(self) -> bool:
+        """Return whether a loop over training data begins now; not if it ended before the run was resumed."""
+        if self._num_passes_to_skip:
+            self._num_passes_to_skip -= 1
+            return False
+        self.phase = Phase.READING
+        return True
+
+    def end_pass(self) -> None:
+        """Take note that a loop over training data, and the update of the window that it left open, are done."""
+        self.phase = Phase.ENDING
+        self._num_passes += 1
 
     def begin_validation(self, *, in_step: bool) -> bool:
         """Return whether a validation begins now: not if it was done before a resume, or if the run is interrupted.
@@ -233,7 +263,7 @@ class Run:
     # Its state ---------------------------------------------------------------------------------------------
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what a later run needs to go on from here, after ``step``."""
+        """Return what a later run needs to continue from here, after ``step``."""
         return {
             "plan": {"epochs": self.plan.epochs, "max_steps": self.plan.max_steps},
             "first_epoch": self.first_epoch,
@@ -241,6 +271,7 @@ class Run:
             "step_before_epoch": self.step_before_epoch,
             "phase": int(self.phase),
             "stop_reason": self.stop_reason,
+            "num_passes": self._num_passes,
             "num_validated": self._num_validated,
             "validation_was_cut": self.validation_was_cut,
             "last_validation": self.last_validation,
@@ -248,14 +279,16 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any], record: Record, step: int) -> None:
-        """Go on from where `state_dict` was called; ``epochs`` and ``max_steps`` count from where that run began."""
+        """Continue where `state_dict` was called; ``epochs`` and ``max_steps`` count from where that run began."""
         self.first_epoch, self.first_step = state["first_epoch"], state["first_step"]
         self.last_epoch, self.last_step = self._goal()
         self.step_before_epoch = state["step_before_epoch"]
         self.phase = Phase(state["phase"])
-        self.stage = CurrentStage("train", record)
+        self.training_stage = CurrentStage("train", record)
         self.ended_step = step
-        self.stop_reason = None if self.plan.reaches_further(**state["plan"]) else state["stop_reason"]
+        if not self.plan.reaches_further(**state["plan"]):
+            self.stop_reason = self.stop_reason or state["stop_reason"]
+        self._num_passes = self._num_passes_to_skip = state["num_passes"]
         self._num_validated = self._num_validations_to_skip = state["num_validated"]
         self.validation_was_cut = state["validation_was_cut"]
         self.last_validation = dict(state["last_validation"])

@@ -32,6 +32,7 @@ _RUN = {
     "step_before_epoch": int,
     "phase": int,
     "stop_reason": (str, NoneType),
+    "num_passes": int,
     "num_validated": int,
     "validation_was_cut": bool,
     "last_validation": dict,
@@ -78,18 +79,21 @@ def run_state(engine: Engine) -> dict[str, Any]:
     return state
 
 
-def find_state(callbacks: Iterable[Callback], resume: str | Path) -> tuple[dict[str, Any], Path] | None:
+def find_state(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path] | None:
     """Return the state to resume from and its file; None if "auto" found no file.
 
     Raises:
         ConfigurationError: if "auto" has nowhere to look, or a path does not exist.
-        CheckpointError: if there are files and none of them is good, or the file is of another format.
+        CheckpointError: if there are files and none of them is good, or the file is of another format, or does not fit
+            the parts that the engine has.
     """
-    found = _find_newest(callbacks) if resume == "auto" else _find_at(Path(resume))
+    found = _find_newest(engine.callbacks) if resume == "auto" else _find_at(Path(resume))
     if found is not None:
-        _check_shape(*found)
-        saved = found[0]["callbacks"]
-        for name, callback in named_callbacks(callbacks).items():
+        state, source = found
+        _check_shape(state, source)
+        _check_fit(engine, state, source, is_complete=False)
+        saved = state["callbacks"]
+        for name, callback in named_callbacks(engine.callbacks).items():
             if name in saved:
                 callback.before_resume(saved[name])
     return found
@@ -121,7 +125,7 @@ def load_state(engine: Engine, state: dict[str, Any], source: Path) -> dict[str,
     Raises:
         CheckpointError: if the file is of another seed or another architecture, or does not hold what it should.
     """
-    _check_fit(engine, state, source)
+    _check_fit(engine, state, source, is_complete=True)
     try:
         _load(engine, state)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -137,13 +141,13 @@ def load_state(engine: Engine, state: dict[str, Any], source: Path) -> dict[str,
 def _load(engine: Engine, state: dict[str, Any]) -> None:
     for name, part in _stateful_parts(engine).items():
         _unwrapped(part).load_state_dict(state["parts"][name])
+    callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
+    for name in callbacks.keys() & saved.keys():
+        callbacks[name].load_state_dict(saved[name])
     engine.update.load_state_dict(state["update"])
     record = engine.stages["train"]
     record.load_state_dict(state["train"], engine.parts.device)
     engine.history.load_state_dict(state["history"])
-    callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
-    for name in callbacks.keys() & saved.keys():
-        callbacks[name].load_state_dict(saved[name])
     if missing := sorted(callbacks.keys() - saved.keys()):
         logger.warning("There is no state of: %s. They start from the beginning.", ", ".join(missing))
     if extra := sorted(saved.keys() - callbacks.keys()):
@@ -190,8 +194,11 @@ def _differences(value: object, shape: Any, name: str) -> list[str]:
     return wrong
 
 
-def _check_fit(engine: Engine, state: dict[str, Any], source: Path) -> None:
-    """Refuse a checkpoint of another seed, of other parts or of other architectures."""
+def _check_fit(engine: Engine, state: dict[str, Any], source: Path, *, is_complete: bool) -> None:
+    """Refuse a checkpoint of another seed, of other parts or of other architectures.
+
+    Before a run begins, its parts may not be complete: a schedule or an average are made when it begins.
+    """
     if state["seed"] != engine.seed or state["seed_version"] != SEED_VERSION:
         raise CheckpointError(
             f"{source} was written with seed={state['seed']} (version {state['seed_version']}), and this run has "
@@ -199,7 +206,8 @@ def _check_fit(engine: Engine, state: dict[str, Any], source: Path) -> None:
         )
     parts, saved = _stateful_parts(engine), state["parts"]
     problems = [f"part {name} is missing in the file" for name in parts.keys() - saved.keys()]
-    problems += [f"part {name} is unknown to this run" for name in saved.keys() - parts.keys()]
+    if is_complete:
+        problems += [f"part {name} is unknown to this run" for name in saved.keys() - parts.keys()]
     for name in parts.keys() & saved.keys():
         problems += [f"{name}: {problem}" for problem in _part_differences(parts[name], saved[name])]
     if problems:

@@ -49,6 +49,17 @@ class FunctionStep:
         return prepare_batch(batch)[0]
 
 
+def as_step(step: StepFunction | Step) -> Step:
+    """Return a function as a step, and a step as it is.
+
+    Raises:
+        ConfigurationError: for a class, or anything else.
+    """
+    if isinstance(step, type):
+        raise ConfigurationError(f"step is the class {step.__name__}, not an instance. Did you forget ()?")
+    return step if isinstance(step, Step) else FunctionStep(step)
+
+
 class SupervisedStep:
     """Forward, loss, update, record: the step of a `Trainer`.
 

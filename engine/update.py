@@ -71,7 +71,8 @@ class Update:
         self._update_end = listeners.channel(UpdateEnd)
         self._size = WindowSize()
         self._accumulates = False
-        self._several = False  # whether one was named
+        self._several = False  # whether one was named in this run
+        self._num_before = 0  # updates of earlier runs
         self._windows = {MAIN: Window(MAIN)}
 
     @property
@@ -80,7 +81,7 @@ class Update:
         return self._size
 
     def accumulate(self, *, batches: int | None = None, samples: int | None = None) -> None:
-        """Make one update for so many batches, or for so many samples."""
+        """Set how many batches, or how many samples, are accumulated for one update."""
         self._size = WindowSize(batches or 1, samples)
         self._accumulates = self._size != WindowSize()
 
@@ -119,6 +120,8 @@ class Update:
             _refuse_outside_training(progress.current.name)
         check_loss(loss, self._parts)
         window = self._windows.get(optimizer or MAIN) or self._open(optimizer or MAIN)
+        if optimizer is not None and optimizer != MAIN:
+            self._several = True
         if progress.step >= self._loss_ready.due:
             engine, stepping = self._engine, self._optimizer(window)
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
@@ -139,8 +142,16 @@ class Update:
         if closes:
             self._apply(window)
 
+    def begin_run(self) -> None:
+        """Forget what an earlier run has left; loss scalers stay as they are."""
+        self.reset()
+        self._several = False
+        self._num_before = self._progress.num_updates + self._progress.num_skipped_updates
+        for window in self._windows.values():
+            window.num_made = 0
+
     def reset(self) -> None:
-        """Forget what an earlier run, or try, has left in the windows, with its gradients."""
+        """Forget what a run, or a failed try, has left in the windows, with its gradients."""
         for window in self._windows.values():
             if window.has_gradients:
                 self._optimizer(window).zero_grad()
@@ -171,7 +182,7 @@ class Update:
         Raises:
             ConfigurationError: naming them.
         """
-        if self._progress.num_updates or self._progress.num_skipped_updates:
+        if self._progress.num_updates + self._progress.num_skipped_updates > self._num_before:
             return
         if deaf := [repr(callback) for callback in self._listeners.callbacks if callback.needs_update]:
             raise ConfigurationError(
@@ -194,6 +205,7 @@ class Update:
         """Take back what `state_dict` returned."""
         for name, saved in state.items():
             window = self._windows.get(name) or self._open(name)
+            self._several = self._several or name != MAIN
             window.batches, window.samples, window.nominal = saved["window"]
             window.has_gradients = any(grad is not None for grad in saved["grads"] or ())
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
@@ -241,6 +253,7 @@ class Update:
         progress.num_updates += 1
         skips = False
         if progress.num_updates >= self._gradients_ready.due:
+            progress.run.begin_update()
             self._gradients_ready.emit(GradientsReady(engine, optimizer), progress.num_updates)
             skips = progress.run.settle_update()
         if not self._step(optimizer, scaler, skips=skips):
@@ -278,7 +291,6 @@ class Update:
         window.scaler = copy.deepcopy(self.scaler)
         self._optimizer(window).zero_grad()  # a loss without a name may have left gradients there
         self._windows[name] = window
-        self._several = True
         return window
 
     def _optimizer(self, window: Window) -> torch.optim.Optimizer:

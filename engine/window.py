@@ -14,8 +14,8 @@ class WindowSize:
     """How much goes into one update.
 
     Args:
-        batches: so many batches.
-        samples: or so many samples, if this is not None.
+        batches: number of batches per update.
+        samples: number of samples per update; takes precedence over ``batches`` if it is given.
     """
 
     batches: int = 1

@@ -99,5 +99,5 @@ def test_a_whole_number_of_any_library_becomes_an_int(value: object) -> None:
 
 @pytest.mark.parametrize("value", [2, -1, 3.0, "3", True, None, math.nan])
 def test_what_does_not_count_is_refused_by_its_name(value: object) -> None:
-    with refused(ConfigurationError, f"patience is {value!r}, but it counts something.", "at least 3."):
+    with refused(ConfigurationError, f"patience is {value!r}, which is not a count.", "at least 3."):
         whole_number("patience", value, least=3)

@@ -297,14 +297,14 @@ class CountedEvery:
 
 
 def test_a_filter_is_not_asked_on_the_steps_it_has_ruled_out() -> None:
-    """A handler on every hundredth step costs nothing on the other ninety-nine."""
+    """A handler on every hundredth step costs nothing on the others, but for the step after it."""
     when = CountedEvery(100)
     heard: list[int] = []
     engine = Engine(lambda engine, batch: None)
     engine.subscribe(StepEnd, lambda event: heard.append(engine.step), when=when)
     engine.fit(range(1000), epochs=1)
     assert heard == list(range(100, 1001, 100))
-    assert when.num_asked <= 11
+    assert when.num_asked <= 21
 
 
 def test_no_log_record_is_made_for_a_step(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from helpers import Batch, class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from camshaft.callbacks import LearningRateFinder, Schedule
+from camshaft.callbacks import LearningRateFinder, MicroBatch, Schedule
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, Trainer, num_samples
 
 
@@ -240,8 +240,8 @@ def test_a_range_in_which_the_loss_never_falls_is_refused(low: float, high: floa
         ({"max_lr": math.inf}, r"to inf\. Pass"),
         ({"min_lr": math.nan}, r"^The range is nan to"),
         ({"min_lr": "1e-6"}, r"^The range is .*1e-6.* to .*\. Pass"),
-        ({"num_steps": 9}, r"^num_steps is 9, but it counts something\. Pass a whole number of at least 10\.$"),
-        ({"num_steps": 50.0}, r"^num_steps is 50\.0, but it counts something\. Pass"),
+        ({"num_steps": 9}, r"^num_steps is 9, which is not a count\. Pass a whole number of at least 10\.$"),
+        ({"num_steps": 50.0}, r"^num_steps is 50\.0, which is not a count\. Pass"),
         ({"smoothing": 1.0}, r"^smoothing is 1\.0\. Pass a number from 0 to below 1\.$"),
         ({"smoothing": -0.1}, r"^smoothing is -0\.1\. Pass"),
         ({"smoothing": None}, r"^smoothing is None\. Pass"),
@@ -272,3 +272,7 @@ def test_a_finder_is_run_and_not_attached() -> None:
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
     with refused(ConfigurationError, phrase):
         LearningRateFinder(**settings)
+
+
+def test_a_trainer_whose_batches_come_in_parts_has_a_learning_rate_too() -> None:
+    assert LearningRateFinder(num_steps=20).run(make_trainer(MicroBatch(2)), class_batches(*[8] * 20)) > 0

@@ -191,9 +191,9 @@ def test_a_loop_of_ones_own_is_watched_through_engine_update() -> None:
     [
         ({"policy": "ignore"}, r"^StopOnNonFinite does not know 'ignore'\. Write \"raise\", \"stop\" or \"skip\"\.$"),
         ({"policy": 10}, r"does not know 10\. Write"),
-        ({"every_steps": 0}, r"^StopOnNonFinite's every_steps is 0, but it counts something\. Pass a whole number"),
-        ({"every_steps": 2.5}, r"every_steps is 2\.5, but it counts something\. Pass a whole number"),
-        ({"every_steps": True}, r"every_steps is True, but it counts something\. Pass a whole number"),
+        ({"every_steps": 0}, r"^StopOnNonFinite's every_steps is 0, which is not a count\. Pass a whole number"),
+        ({"every_steps": 2.5}, r"every_steps is 2\.5, which is not a count\. Pass a whole number"),
+        ({"every_steps": True}, r"every_steps is True, which is not a count\. Pass a whole number"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_when_made(arguments: dict[str, Any], message: str) -> None:

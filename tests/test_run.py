@@ -31,6 +31,7 @@ from camshaft.engine import (
     StepEnd,
     UpdateEnd,
     ValidationEnd,
+    ValidationStepEnd,
     at,
     every,
     repeat,
@@ -392,10 +393,89 @@ def test_whatever_is_asked_of_a_run_outside_of_one_is_refused_by_its_name(
         getattr(make().run, name)
 
 
-def test_a_copy_of_an_engine_can_run_too() -> None:
-    copied = copy.deepcopy(after_a_run())
-    copied.fit(range(2), epochs=1)
-    assert (copied.epoch, copied.history.reason) == (2, "1 epoch done")
+def test_an_engine_is_not_copied() -> None:
+    """The handlers of the copy would still act on the original."""
+    with refused(EngineStateError, "An engine cannot be copied"):
+        copy.deepcopy(after_a_run())
+
+
+def test_skip_update_is_refused_when_no_update_is_about_to_be_made() -> None:
+    """It would otherwise leave out a later update, or none."""
+    engine = Engine(idle)
+    engine.subscribe(StepEnd, lambda event: engine.run.skip_update())
+    with pytest.raises(EngineStateError, match="when no update was about to be made"):
+        engine.fit(range(2), epochs=1)
+
+
+def test_two_loops_over_training_data_make_one_epoch_and_are_resumed_in_either(tmp_path: Path) -> None:
+    """A signal in the first loop, between the two, in the second or after it: each batch is read once."""
+
+    def script(engine: Engine, read: list[int], cut: int, resume: str | None = None) -> None:
+        engine.subscribe(StepEnd, lambda event: engine.run.interrupt(signal.SIGTERM) if engine.step == cut else None)
+        for _ in engine.epochs(2, resume=resume):
+            for data in (first, second):
+                for batch in engine.train(data):
+                    read.append(batch)  # noqa: PERF402 - a loop of one's own
+
+    first, second = range(3), range(10, 12)
+    for cut in range(1, 10):
+        read: list[int] = []
+        script(Engine(callbacks=[RunCheckpoint(tmp_path / str(cut))]), read, cut)
+        assert len(read) == cut
+        script(Engine(callbacks=[RunCheckpoint(tmp_path / str(cut))]), read, 0, resume="auto")
+        assert read == [*first, *second] * 2
+
+
+def test_a_stop_asked_at_the_start_of_a_resumed_run_counts(tmp_path: Path) -> None:
+    def make() -> Engine:
+        return Engine(idle, callbacks=[RunCheckpoint(tmp_path, every_steps=1)])
+
+    cut, resumed = make(), make()
+    cut.subscribe(StepEnd, lambda event: cut.run.interrupt(signal.SIGTERM), when=at(2))
+    cut.fit(range(4), epochs=3)
+    resumed.subscribe(FitStart, lambda event: event.engine.stop("enough"))
+    assert resumed.fit(range(4), epochs=3, resume="auto").reason == "enough"
+
+
+def test_the_end_of_a_step_whose_loop_was_left_is_still_training() -> None:
+    """So that a handler of StepEnd can record."""
+    seen: list[tuple[str, object]] = []
+    engine = Engine()
+    engine.subscribe(StepEnd, lambda event: seen.append((engine.stage, engine.batch)))
+    engine.subscribe(StepEnd, lambda event: engine.record(value=1.0, weight=1))
+    for _ in engine.epochs(1):
+        for _ in engine.train(range(5)):
+            break
+    assert seen == [("train", 0)]
+    assert engine.history["train_value"] == [1.0]
+
+
+def test_an_evaluation_within_a_validation_leaves_its_count_alone() -> None:
+    seen: list[int] = []
+    engine = Engine(idle)
+    engine.subscribe(ValidationStepEnd, lambda event: engine.evaluate(range(4)) and None)
+    engine.subscribe(ValidationStepEnd, lambda event: seen.append(engine.validation_step))
+    engine.fit(range(2), range(3), epochs=1)
+    assert seen == [1, 2, 3]
+
+
+def test_the_error_of_a_handler_of_the_end_is_logged_if_the_loop_was_left(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine()
+    engine.subscribe(FitEnd, lambda event: 1 / 0)
+    for _ in engine.epochs(2):
+        break
+    assert "A handler failed while the run was ending." in caplog.text
+    assert "division by zero" in caplog.text
+
+
+def test_a_run_has_no_reason_and_no_exit_code_of_the_one_before() -> None:
+    engine = Engine(idle)
+    engine.subscribe(StepEnd, lambda event: engine.run.interrupt(signal.SIGTERM), when=at(1))
+    assert engine.fit(range(2), epochs=1).exit_code == 143
+    seen: list[tuple[str, int]] = []
+    engine.subscribe(FitStart, lambda event: seen.append((engine.history.reason, engine.history.exit_code)))
+    engine.fit(range(2), epochs=1)
+    assert seen == [("", 0)]
 
 
 def test_each_fit_has_a_run_of_its_own() -> None:

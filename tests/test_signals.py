@@ -188,7 +188,11 @@ def test_a_signal_after_the_first_of_two_overlapping_runs_interrupts_the_second(
 def test_a_signal_during_a_run_within_a_step_of_another_run_interrupts_both() -> None:
     """As when a handler runs the learning-rate finder."""
     inner = Engine(lambda engine, batch: os.kill(os.getpid(), signal.SIGTERM))
-    outer = Engine(lambda engine, batch: inner.fit([1, 2], epochs=1) and None)
+
+    def step(engine: Engine, batch: object) -> None:
+        inner.fit([1, 2], epochs=1)
+
+    outer = Engine(step)
     outer.fit([1, 2], epochs=1)
     assert [engine.step for engine in (inner, outer)] == [1, 1]
     assert [engine.history.exit_code for engine in (inner, outer)] == [143, 143]

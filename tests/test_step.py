@@ -20,11 +20,13 @@ from helpers import (
 from torch import nn
 
 from camshaft.engine import (
+    NOTHING,
     ConfigurationError,
     DataError,
     Engine,
     FunctionStep,
     Step,
+    StepEnd,
     SupervisedStep,
     Trainer,
     num_samples,
@@ -194,3 +196,30 @@ def test_a_step_that_returns_nothing_records_nothing() -> None:
 def test_a_step_that_returns_what_cannot_be_recorded_is_refused(output: Any, phrase: str) -> None:
     with refused(DataError, phrase):
         Engine(lambda engine, batch: output).fit([X], epochs=1)
+
+
+def test_the_class_of_a_step_is_refused_with_the_parentheses_that_are_missing() -> None:
+    class Mine:
+        def train(self, engine: Engine, batch: Any, /) -> None: ...
+
+        def evaluate(self, engine: Engine, batch: Any, /) -> None: ...
+
+        def inputs(self, batch: Any, /) -> Any: ...
+
+    with refused(ConfigurationError, "step is the class Mine"):
+        Engine(Mine)  # type: ignore[arg-type]  # the mistake
+    Engine(Mine()).fit([1], epochs=1)
+
+
+def test_a_target_is_of_the_present_batch_or_nothing() -> None:
+    """A step that measures only its first batch leaves no target to the second."""
+    seen: list[Any] = []
+
+    def step(engine: Engine, batch: int) -> None:
+        if batch == 0:
+            engine.measure("output", "target", weight=1)
+
+    engine = Engine(step)
+    engine.subscribe(StepEnd, lambda event: seen.append(engine.current.target))
+    engine.fit(range(2), epochs=1)
+    assert seen == ["target", NOTHING]

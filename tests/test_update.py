@@ -37,11 +37,13 @@ from camshaft.callbacks import (
 from camshaft.engine import (
     Callback,
     CamshaftError,
+    ConfigurationError,
     DataError,
     Engine,
     EngineStateError,
     EpochEnd,
     Event,
+    FunctionStep,
     GradientsReady,
     LossReady,
     StepEnd,
@@ -711,3 +713,30 @@ def test_an_update_in_a_step_of_ones_own_checks_the_loss_as_well() -> None:
     engine = Engine(lambda engine, batch: engine.update(model(batch)), model=model, optimizer=optimizer)
     with refused(DataError, "The loss has shape [4, 1]"):
         engine.fit([torch.ones(4, 2)], epochs=1)
+
+
+def test_a_step_that_never_updates_is_refused_in_a_second_fit_too() -> None:
+    engine = make_engine()
+    engine.attach(ClipGradients(norm=1.0))
+    engine.fit(class_batches(8), epochs=1)
+    engine.wrap_step(lambda step: FunctionStep(lambda engine, batch: None))
+    with pytest.raises(ConfigurationError, match=r"ClipGradients.* had no effect in this epoch because"):
+        engine.fit(class_batches(8), epochs=1)
+
+
+def test_an_optimizer_named_in_an_earlier_fit_changes_nothing_in_a_later_one() -> None:
+    """Without a name a loss is differentiated as by ``backward()``: for everything that it depends on."""
+    model, other = linear(), nn.Linear(3, 3)
+    named = True
+
+    def step(engine: Engine, batch: Batch) -> None:
+        loss = nn.functional.cross_entropy(other(model(batch[0])), batch[1])
+        engine.update(loss, optimizer="named" if named else None)
+
+    optimizers = {"optimizer": model, "named": other}
+    parts: dict[str, Any] = {name: torch.optim.SGD(part.parameters(), 0.1) for name, part in optimizers.items()}
+    engine = Engine(step, model=model, other=other, **parts)
+    engine.fit(class_batches(8), epochs=1)
+    named = False
+    engine.fit(class_batches(8), epochs=1)
+    assert other.weight.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,7 +343,7 @@ def test_an_engine_without_a_model_is_refused_at_attachment() -> None:
         ({"decay": 1.0}, r"decay=1\.0\. Pass a number"),
         ({"decay": float("nan")}, r"decay=nan\. Pass a number"),
         ({"decay": "0.9"}, r"decay='0\.9'\. Pass a number"),
-        ({"every": 0}, r"^WeightAverage's every is 0, but it counts something\. Pass a whole number of at least 1"),
+        ({"every": 0}, r"^WeightAverage's every is 0, which is not a count\. Pass a whole number of at least 1"),
         ({"every": 2.0}, r"every is 2\.0.*\. Pass a whole number"),
         ({"start": -1}, r"start is -1.*\. Pass a whole number of at least 0"),
         ({"batch_norm_data": 32}, r"batch_norm_data is .*\. Pass a DataLoader"),
@@ -390,3 +391,18 @@ def test_updates_of_another_module_are_no_updates_of_the_model() -> None:
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
     with refused(ConfigurationError, phrase):
         WeightAverage(**settings)
+
+
+def test_an_interrupted_run_does_not_compute_batch_norm_statistics() -> None:
+    """A scheduler that sent SIGTERM does not wait for it."""
+    read: list[int] = []
+
+    def batches() -> Any:
+        read.append(1)
+        return iter(class_batches(8))
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    trainer = make_trainer(WeightAverage(batch_norm_data=batches), model=model)
+    trainer.subscribe(StepEnd, lambda event: trainer.run.interrupt(signal.SIGTERM))
+    trainer.fit(class_batches(8, 8), epochs=1)
+    assert not read
