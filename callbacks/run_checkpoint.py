@@ -36,22 +36,25 @@ class RunCheckpoint(Callback):
     """Saves everything that decides the rest of the run, for ``fit(..., resume="auto")``.
 
     It saves when a step or an epoch has settled, at the end of the run, and when a signal interrupts it. A file is
-    complete and on the disk before it gets its name and before an older one is removed; its name holds its digest. A
-    failed save warns, training continues, and the next save that is due tries again; the third failure in a row, or
-    the failure of the last save of a run, raises.
+    complete and on the disk before it gets its name and before an older one is removed; its name holds its digest.
+
+    A failed save never ends training: it warns, and the next save that is due tries again. If the last save of the
+    run failed, its error is raised when everything else at the end of the run is done.
 
     Args:
         directory: where to write; it belongs to one run.
         every_steps, every_epochs, every_seconds: when to save; every epoch by default. Several may be given.
         keep: how many of the newest to keep; at least 1.
         keep_every: keep every n-th for ever, too.
-        background: copy the state on the training thread and write it on another; one write at a time.
+        background: copy the state on the training thread and write it on another; one write at a time. Its errors
+            are seen at the next save, or at the end of the run.
         on_error: "warn" as described above, or "raise" at the first failure.
 
     Raises:
         ConfigurationError: for settings that cannot work; before the first step if the directory cannot be written,
             or holds another run and ``resume`` was not asked for.
         CheckpointError: at the first save, naming the key, if a part or handler keeps what cannot be loaded safely.
+        OSError: at the end of the run, if its last save failed; or at the first failure if ``on_error="raise"``.
     """
 
     unique = True
@@ -85,7 +88,7 @@ class RunCheckpoint(Callback):
         self.keep_every = keep_every
         self.on_error = on_error
         self._writer = _Writer(self._write) if background else None
-        self._failures = 0
+        self._error: OSError | None = None  # of the newest save
         self._saved_at: tuple[int, int, Phase, int] | None = None
         self._owns = False  # whether this object has begun to write in the directory
 
@@ -98,6 +101,8 @@ class RunCheckpoint(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Look whether the directory can be written and is this run's."""
+        if self._writer is not None:
+            self._writer.wait()  # an earlier run may have been stopped while it waited
         ensure_writable(self.checkpoints.path, "RunCheckpoint")
         self.checkpoints.sweep()
         if self.checkpoints.files() and not self._owns and not event.engine.run.is_resuming:
@@ -106,20 +111,28 @@ class RunCheckpoint(Callback):
                 'Continue it with fit(..., resume="auto"), or pass another directory.'
             )
         self._owns = True
-        self._saved_at = None
+        self._saved_at = self._error = None
 
     def on_settled(self, event: Settled) -> None:
         """Save if it is due."""
         engine = event.engine
         here = (engine.epoch, engine.step, engine.run.phase, engine.num_validations)
         if here != self._saved_at and self._is_due(engine):
-            self._saved_at = here
-            self._save(engine, is_last=engine.run.is_over)
+            then = "The run is over" if engine.run.is_over else "Training continues"
+            self._wait(then)
+            self._save(engine, then)
+            self._saved_at = here if self._error is None else None
 
     def on_fit_end(self, event: FitEnd) -> None:
-        """Wait for a write in the background."""
-        if self._writer is not None and (error := self._writer.wait()) is not None:
-            self._failed(error, is_last=True)
+        """Wait for a write in the background; raise the error of the last save.
+
+        Raises:
+            OSError: if it failed.
+        """
+        self._wait("The run is over")
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _say_exactness(self, event: BatchReady) -> None:
         """Log, once, how exactly the run could be resumed: its data are known now."""
@@ -135,36 +148,46 @@ class RunCheckpoint(Callback):
             return self.every_steps is not None and engine.step % self.every_steps == 0
         return self.every_epochs is not None and engine.epoch % self.every_epochs == 0
 
-    def _save(self, engine: Engine, *, is_last: bool) -> None:
-        state = run_state(engine)
+    def _save(self, engine: Engine, then: str) -> None:
+        state, self._error = run_state(engine), None
+        if self._writer is not None:
+            self._writer.start(state, engine.step)
+            return
         try:
-            if self._writer is None:
-                self._write(state, engine.step)
-            else:
-                error = self._writer.wait()
-                self._writer.start(state, engine.step)
-                if error is not None:
-                    raise error
+            self._write(state, engine.step)
         except OSError as error:
-            self._failed(error, is_last=is_last)
-        else:
-            self._failures = 0
+            self._failed(error, then)
+
+    def _wait(self, then: str) -> None:
+        """Wait for a write in the background; its error counts as if it had been raised here."""
+        error = None if self._writer is None else self._writer.wait()
+        if isinstance(error, OSError):
+            self._failed(error, then)
+        elif error is not None:
+            raise error
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         self.checkpoints.save(state, step)
         self.checkpoints.prune(self.keep, self.keep_every)
 
-    def _failed(self, error: OSError, *, is_last: bool) -> None:
-        self._failures += 1
-        if is_last or self._failures >= 3 or self.on_error == "raise":
+    def _failed(self, error: OSError, then: str) -> None:
+        if self.on_error == "raise":
             raise error
-        newest = next(iter(self.checkpoints.files()), None)
+        self._error = error
         logger.warning(
-            "A checkpoint could not be written in %s: %s. Training continues; %s.",
+            "A checkpoint could not be written in %s: %s. %s; %s.",
             self.checkpoints.path,
             error.strerror or error,
-            f"{newest.path.name} is still good" if newest else "there is none yet",
+            then,
+            self._what_is_good(),
         )
+
+    def _what_is_good(self) -> str:
+        try:
+            newest = next(iter(self.checkpoints.files()), None)
+        except OSError:
+            return "which are still good cannot be seen"
+        return f"{newest.path.name} is still good" if newest else "there is none yet"
 
     def __repr__(self) -> str:
         return f"RunCheckpoint({str(self.checkpoints.path)!r}, keep={self.keep})"
@@ -176,14 +199,15 @@ class _Writer:
     def __init__(self, write: Callable[[dict[str, Any], int], None]) -> None:
         self._write = write
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._buffers: list[Tensor] = []
 
     def start(self, state: dict[str, Any], step: int) -> None:
-        self._thread = threading.Thread(target=self._run, args=(self._copy(state), step), name="camshaft-checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(self._copy(state), step), name="camshaft-checkpoint")
+        thread.start()
+        self._thread = thread
 
-    def wait(self) -> OSError | None:
+    def wait(self) -> BaseException | None:
         """Wait for the present write, and return the error that it raised."""
         if self._thread is not None:
             self._thread.join()
@@ -194,7 +218,7 @@ class _Writer:
     def _run(self, state: dict[str, Any], step: int) -> None:
         try:
             self._write(state, step)
-        except OSError as error:
+        except BaseException as error:  # whatever it is, the training thread must see it
             self._error = error
 
     def _copy(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from camshaft.engine import Callback, Engine, Trainer, files
+from camshaft.engine import Callback, Engine, Trainer, checkpoint, files
 
 Batch = tuple[Tensor, Tensor]
 GOLDEN = Path(__file__).with_name("data")
@@ -118,7 +118,7 @@ class Failing:
 
 @contextmanager
 def struck(strike: Callable[[str], None]) -> Iterator[None]:
-    """Call ``strike(name)`` before each call that touches the disk while a checkpoint is written."""
+    """Call ``strike(name)`` before each call that touches the disk while a checkpoint is written, listed or read."""
     patch = pytest.MonkeyPatch()
 
     def before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +130,8 @@ def struck(strike: Callable[[str], None]) -> Iterator[None]:
         return call
 
     patch.setattr(files, "open", before("open", builtins.open), raising=False)
+    patch.setattr(checkpoint, "open", before("read", builtins.open), raising=False)
+    patch.setattr(os, "listdir", before("listdir", os.listdir))
     patch.setattr(os, "fsync", before("fsync", os.fsync))
     patch.setattr(os, "replace", before("replace", os.replace))
     patch.setattr(Path, "unlink", before("unlink", Path.unlink))

@@ -48,10 +48,12 @@ def test_a_write_touches_the_disk_in_the_safe_order(tmp_path: Path) -> None:
     calls = count_calls(tmp_path)
     order = [name for position, name in enumerate(calls) if position == 0 or calls[position - 1] != name]
     assert [name for name in order if name not in ("write", "flush")] == [
+        "listdir",
         "open",
         "fsync",
         "replace",
         "fsync",
+        "listdir",
         "unlink",
     ]
     assert order.index("write") < order.index("fsync")

@@ -7,13 +7,15 @@ import logging
 import math
 import random
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import struck
+from helpers import class_batches, make_trainer, struck
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MetricCollection
@@ -39,6 +41,8 @@ from camshaft.engine import (
     ConfigurationError,
     Engine,
     EpochStart,
+    FitEnd,
+    Settled,
     StepEnd,
     Trainer,
     ValidationStepEnd,
@@ -472,22 +476,148 @@ def test_a_failed_save_warns_and_the_next_due_point_tries_again(
     assert caplog.text.count("No space left on device. Training continues; run-000001-step-1-") == 2
 
 
-@pytest.mark.parametrize(("failures", "settings"), [(3, {}), (1, {"on_error": "raise"}), (3, {"background": True})])
-def test_failures_in_a_row_or_by_wish_the_first_end_the_run(
-    tmp_path: Path, failures: int, settings: dict[str, Any]
+def no_space() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def fail_each(name: str, make_error: Callable[[], Exception] = no_space) -> Callable[[str], None]:
+    """A disk on which every call of this name fails."""
+
+    def strike(called: str) -> None:
+        if called == name:
+            raise make_error()
+
+    return strike
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_of_which_every_save_fails_trains_to_its_last_step_and_then_raises(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, background: bool
 ) -> None:
-    failed = 0
+    """Everything else at the end is done first: the reason, the best weights, the other handlers of FitEnd."""
+    trainer = small_trainer(tmp_path, background=background)
+    best = BestCheckpoint("val_loss", "max", restore=True)  # the loss falls: the first epoch is the best
+    trainer.attach(best)
+    ends: list[str] = []
+    trainer.subscribe(FitEnd, lambda event: ends.append(event.reason))
+    with struck(fail_each("replace")), pytest.raises(OSError, match="No space left"):
+        trainer.fit(DATA, DATA, epochs=2)
+    assert (trainer.step, ends, trainer.history.reason) == (12, ["2 epochs done"], "2 epochs done")
+    assert torch.equal(trainer.parts["model"].weight, best.weights()["weight"])
+    assert best.best is not None and best.best.epoch == 1
+    assert caplog.text.count("No space left on device. Training continues; there is none yet") >= 11
+    assert caplog.text.count("No space left on device. The run is over; there is none yet") >= 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_whose_disk_recovers_saves_again_and_does_not_raise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, background: bool
+) -> None:
+    """Also not at the end of a second fit, whose saves are its own."""
+    trainer = small_trainer(tmp_path, background=background, keep=99)
 
     def strike(name: str) -> None:
-        nonlocal failed
-        if name == "replace":
-            failed += 1
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if name == "replace" and trainer.step in (1, 2, 3, 4):
+            raise no_space()
 
-    trainer = small_trainer(tmp_path, **settings)
+    trainer.subscribe(Settled, lambda event: wait_for_writer())  # what is written is of the present step
+    with struck(strike), caplog.at_level(logging.WARNING):
+        trainer.fit(DATA, epochs=1)
+        trainer.fit(DATA, epochs=1)
+    assert {file.step for file in CheckpointDirectory(tmp_path).files()} == set(range(5, 13))
+    assert caplog.text.count("No space left on device. Training continues") == 4
+
+
+def wait_for_writer() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "camshaft-checkpoint":
+            thread.join()
+
+
+def test_a_last_save_that_fails_is_raised_though_the_earlier_ones_did_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is on the disk is said to be good, and is resumed."""
+    trainer = small_trainer(tmp_path)
+
+    def strike(name: str) -> None:
+        if name == "replace" and trainer.step == 6:
+            raise no_space()
+
     with struck(strike), pytest.raises(OSError, match="No space left"):
         trainer.fit(DATA, epochs=1)
-    assert failures <= failed <= failures + 1
+    assert "The run is over; run-000005-step-5-" in caplog.text
+    resumed = small_trainer(tmp_path)
+    resumed.fit(DATA, epochs=1, resume="auto")
+    assert_same(resumed, trainer)
+
+
+def test_a_save_that_failed_is_tried_again_at_the_same_step_if_a_signal_comes(tmp_path: Path) -> None:
+    """The run announces once more that it has settled, and that save is due."""
+    trainer = small_trainer(tmp_path)
+    tries = 0
+
+    def strike(name: str) -> None:
+        nonlocal tries
+        tries += name == "replace" and trainer.step == 3
+        if name == "replace" and tries == 1:
+            raise no_space()
+
+    interrupt_at(trainer, 3)
+    with struck(strike):
+        trainer.fit(DATA, epochs=1)
+    assert [file.step for file in CheckpointDirectory(tmp_path).files()] == [3, 2]
+
+
+def test_an_error_that_ends_the_run_is_not_hidden_by_a_save_that_failed(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    trainer.subscribe(StepEnd, lambda event: 1 / 0, when=lambda step: step == 5)
+    with struck(fail_each("replace")), pytest.raises(ZeroDivisionError) as caught:
+        trainer.fit(DATA, epochs=1)
+    assert any("While the run was ending, too: OSError" in note for note in caught.value.__notes__)
+
+
+def test_a_directory_that_cannot_even_be_listed_does_not_end_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning would name the newest checkpoint, which cannot be known then."""
+    trainer = small_trainer(tmp_path)
+
+    def strike(name: str) -> None:
+        if name == "listdir" and trainer.step in (2, 3, 4):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with struck(strike):
+        trainer.fit(DATA, epochs=1)
+    assert trainer.step == 6
+    assert caplog.text.count("Input/output error. Training continues; which are still good cannot be seen") == 3
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_by_wish_the_first_failure_ends_the_run(tmp_path: Path, background: bool) -> None:
+    """In the background it is seen at the next save."""
+    trainer = small_trainer(tmp_path, on_error="raise", background=background)
+    with struck(fail_each("replace")), pytest.raises(OSError, match="No space left"):
+        trainer.fit(DATA, epochs=1)
+    assert trainer.step == 1 + background
+
+
+@pytest.mark.parametrize("kind", [MemoryError, ZeroDivisionError])
+def test_an_error_of_the_writing_thread_that_is_not_one_of_the_disk_is_raised_at_the_next_save(
+    tmp_path: Path, kind: type[Exception]
+) -> None:
+    trainer = small_trainer(tmp_path, background=True)
+    with struck(fail_each("write", kind)), pytest.raises(kind):
+        trainer.fit(DATA, epochs=1)
+    assert trainer.step == 2
+
+
+def test_an_error_of_the_last_write_in_the_background_is_raised_at_the_end_of_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(RunCheckpoint(tmp_path, background=True))  # it saves once, when the epoch has ended
+    with struck(fail_each("write", MemoryError)), pytest.raises(MemoryError):
+        trainer.fit(class_batches(4, 4), epochs=1)
+    assert trainer.history.reason == "1 epoch done"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_the_first_step(tmp_path: Path) -> None:
