@@ -8,9 +8,10 @@ import os
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class CheckpointDirectory:
     complete and on the disk, so the listing of the directory is the index.
     """
 
-    _NAME = re.compile(r"run-(\d{6})-step-(\d+)-([0-9a-f]{32})\.pt")
+    _NAME = re.compile(r"run-(\d{6,})-step-(\d+)-([0-9a-f]{32})\.pt")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,25 +68,24 @@ class CheckpointDirectory:
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
         """Return the newest checkpoint that is complete, and its path; None if there are no checkpoints.
 
-        A damaged one is put aside with a warning that says why, and the one before it is used.
+        A damaged one is put aside with a warning that says why, and the one before it is used. Only a wrong digest is
+        damage: a file that cannot be read now may be read at the next try.
 
         Raises:
-            CheckpointError: if there are checkpoints, but every one is damaged.
+            CheckpointError: if a file cannot be read or loaded; or if there are files, but every one is damaged.
         """
-        damaged: list[str] = []
-        for file in self.files():
-            try:
-                state = load_verified(file.path)
-            except CheckpointError as error:
-                damaged.append(str(error))
-                logger.warning("%s The one before it is used.", error)
-                file.path.rename(file.path.with_suffix(".damaged"))
-            else:
+        with _reading(self.path):
+            files = self.files()
+        for file in files:
+            state, damage = _load(file.path, file.digest)
+            if damage is None:
                 return state, file.path
-        if damaged:
+            logger.warning("%s The one before it is used.", damage)
+            file.path.rename(file.path.with_suffix(".damaged"))
+        if names := sorted(path.name for path in self.path.glob("run-*.damaged")):
             raise CheckpointError(
-                f"Every checkpoint in {self.path} is damaged: {' '.join(damaged)} "
-                "Start without resume, in another directory."
+                f"Every checkpoint in {self.path} is damaged: {', '.join(names)}. "
+                "Use another directory, or remove these files to start from the beginning."
             )
         return None
 
@@ -113,18 +113,35 @@ def load_verified(path: Path) -> dict[str, Any]:
             f"{path} is not named as a run checkpoint. "
             "Pass the directory, or a file run-<number>-step-<step>-<digest>.pt."
         )
+    state, damage = _load(path, match[3])
+    if damage is not None:
+        raise CheckpointError(f"{damage} Use another checkpoint.")
+    return state
+
+
+def _load(path: Path, digest: str) -> tuple[dict[str, Any], str | None]:
+    """Return what a file holds; and None, or if its digest is not this one, in words, the damage."""
+    with _reading(path), open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        size = file.seek(0, os.SEEK_END)
+        if found != digest:
+            says = f"the SHA-256 of its {size} bytes begins with {found}, and its name says {digest}"
+            return {}, f"{path} is damaged: {says}."
+        file.seek(0)
+        return torch.load(file, weights_only=True, map_location="cpu"), None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise what goes wrong as an error that names the file; but a lack of memory as it is."""
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        yield
+    except MemoryError:
+        raise
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Pass a file that can.") from error
-    if digest[:32] != match[3]:
         raise CheckpointError(
-            f"{path} is damaged: the SHA-256 of its {path.stat().st_size} bytes begins with {digest[:32]}, "
-            f"and its name says {match[3]}. Use another checkpoint."
-        )
-    try:
-        return cast("dict[str, Any]", torch.load(path, weights_only=True, map_location="cpu"))
+            f"{path} cannot be read: {error.strerror or error}. Look for the cause, and resume again."
+        ) from error
     except Exception as error:  # torch raises at least four kinds
         raise CheckpointError(f"{path} is complete but cannot be loaded: {error}. Use another checkpoint.") from error
 

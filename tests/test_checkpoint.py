@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import struck
+from helpers import refused, struck
 
 from camshaft.engine import CheckpointDirectory, CheckpointError
-from camshaft.engine.checkpoint import check_plain
+from camshaft.engine.checkpoint import check_plain, load_verified
 
 
 def state(number: int) -> dict[str, Any]:
@@ -127,6 +127,25 @@ def test_a_full_disk_is_said_as_such_and_leaves_the_old_file(tmp_path: Path) -> 
     assert os.WEXITSTATUS(status) == 0
     assert newest(tmp_path) == 1
     assert not list(tmp_path.glob(".*"))
+
+
+def test_numbers_go_on_after_six_digits_and_are_compared_as_numbers(tmp_path: Path) -> None:
+    """The millionth is the newest, is resumed from, and is pruned when its time has come."""
+    directory = CheckpointDirectory(tmp_path)
+    first = directory.save(state(0), step=3)
+    first.path.rename(tmp_path / first.path.name.replace("run-000001", "run-999999"))
+    for number in (1_000_000, 1_000_001):
+        assert directory.save(state(number), step=number).number == number
+        assert newest(tmp_path) == number
+    assert [file.number for file in directory.files()] == [1_000_001, 1_000_000, 999_999]
+    directory.prune(keep=1, keep_every=None)
+    assert [file.number for file in directory.files()] == [1_000_001]
+
+
+def test_a_file_whose_name_is_not_one_of_a_checkpoint_is_refused_with_what_to_pass(tmp_path: Path) -> None:
+    (tmp_path / "run-00001-step-1.pt").touch()
+    with refused(CheckpointError, "is not named as a run checkpoint."):
+        load_verified(tmp_path / "run-00001-step-1.pt")
 
 
 @pytest.mark.parametrize("value", [{1, 2}, Path("a"), object(), torch.nn.Linear(1, 1), slice(1)])
