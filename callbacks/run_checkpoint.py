@@ -225,6 +225,8 @@ class _Writer:
         places, self._buffers = iter(self._buffers), []
 
         def into_buffer(tensor: Tensor) -> Tensor:
+            if tensor.layout is not torch.strided:  # as sparse gradients are: of another size each time
+                return tensor.detach().cpu().clone()
             place = next(places, None)
             if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
                 place = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,7 +129,9 @@ def _load(path: Path, digest: str) -> tuple[dict[str, Any], str | None]:
             says = f"the SHA-256 of its {size} bytes begins with {found}, and its name says {digest}"
             return {}, f"{path} is damaged: {says}."
         file.seek(0)
-        return torch.load(file, weights_only=True, map_location="cpu"), None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Validating sparse tensor")  # sparse gradients: it is what we want
+            return torch.load(file, weights_only=True, map_location="cpu"), None
 
 
 @contextmanager

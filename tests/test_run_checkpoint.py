@@ -112,7 +112,10 @@ def assert_same(resumed: Engine, through: Engine) -> None:
 
 
 def assert_equal(ours: Any, theirs: Any, place: str) -> None:
-    if isinstance(ours, Tensor):
+    if isinstance(ours, Tensor) and ours.is_sparse:
+        assert ours.is_coalesced() == theirs.is_coalesced(), place
+        assert_equal([ours._indices(), ours._values()], [theirs._indices(), theirs._values()], place)
+    elif isinstance(ours, Tensor):
         assert torch.equal(ours, theirs), place
     elif isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), place
@@ -442,6 +445,36 @@ def test_writing_in_the_background_saves_the_same(tmp_path: Path) -> None:
     through = run(build(None, "full", None))
     run(interrupt_at(build(tmp_path, "full", None, every_steps=1, background=True), 9))
     assert_same(run(build(tmp_path, "full", None, background=True), resume="auto"), through)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("batches", [2, 3])
+def test_a_window_of_sparse_gradients_is_saved_and_resumed_to_the_bit(
+    tmp_path: Path, background: bool, batches: int
+) -> None:
+    """After each step of an epoch that ends in the middle of a window."""
+    generator = torch.Generator().manual_seed(1)
+    words = [torch.randint(0, 50, (4, 6), generator=generator) for _ in range(5)]
+    data = [(one, one[:, 0] % 3) for one in words]
+
+    def make(directory: Path | None) -> Engine:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(50, 4, sparse=True), nn.Flatten(), nn.Linear(24, 3))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        callbacks: list[Callback] = [Accumulate(batches=batches)]
+        if directory is not None:
+            callbacks.append(RunCheckpoint(directory, every_steps=1, background=background))
+        return Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks)
+
+    through = make(None)
+    through.fit(data, epochs=1)
+    for step in range(1, 5):
+        interrupt_at(cut := make(tmp_path / str(step)), step).fit(data, epochs=1)
+        gradient = next(cut.parts["model"].parameters()).grad
+        assert (gradient is None) if step % batches == 0 else gradient.layout is torch.sparse_coo
+        resumed = make(tmp_path / str(step))
+        resumed.fit(data, epochs=1, resume="auto")
+        assert_same(resumed, through)
 
 
 def test_the_script_style_resumes_in_mid_epoch(tmp_path: Path) -> None:
