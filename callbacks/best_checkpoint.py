@@ -21,6 +21,7 @@ from camshaft.engine import (
     ensure_writable,
     is_plain_name,
     load_weights,
+    remove_temporaries,
     save_together,
     unwrap,
     whole_number,
@@ -114,6 +115,7 @@ class BestCheckpoint(Callback):
                     f"Two BestCheckpoints write {self.directory / 'best.pt'}. Pass each a directory of its own."
                 )
             ensure_writable(self.directory, "BestCheckpoint")
+            remove_temporaries(self.directory, "best*.pt", "*-epoch=*-step=*.pt")
             if (self.directory / "best.pt").exists() and not self.kept and not event.engine.run.is_resuming:
                 logger.warning(
                     "%s is of an earlier run, and this run's best will replace it.", self.directory / "best.pt"

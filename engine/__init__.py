@@ -38,7 +38,7 @@ from .events import (
     ValidationStart,
     ValidationStepEnd,
 )
-from .files import directory_for, ensure_writable, is_plain_name, save_together, write_durably
+from .files import directory_for, ensure_writable, is_plain_name, remove_temporaries, save_together, write_durably
 from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy
 from .metric import as_metrics
@@ -128,6 +128,7 @@ __all__ = [
     "is_plain_name",
     "write_durably",
     "save_together",
+    "remove_temporaries",
     "CheckpointDirectory",
     "run_state",
     "check_plain",

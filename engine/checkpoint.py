@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .files import write_durably
+from .files import remove_temporaries, write_durably
 
 logger = logging.getLogger("camshaft")
 
@@ -92,8 +92,7 @@ class CheckpointDirectory:
 
     def sweep(self) -> None:
         """Remove the temporary files of writers that were killed."""
-        for temporary in self.path.glob(".run-*.tmp"):
-            temporary.unlink(missing_ok=True)
+        remove_temporaries(self.path, "run-*-step-*")
 
     def prune(self, keep: int, keep_every: int | None) -> None:
         """Remove all but the newest ``keep``, and of the others every ``keep_every``-th."""

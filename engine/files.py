@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard, cast
 
@@ -32,23 +34,61 @@ def write_durably(
     Raises:
         OSError: if the disk is full or the directory cannot be written; what was there is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _temporaries() as made:
+        temporary, digest = _write_temporary(path, write, made)
+        path = path if final is None else final(digest)
+        os.replace(temporary, path)
+    sync_directory(path.parent)
+    return path
+
+
+@contextlib.contextmanager
+def _temporaries() -> Iterator[list[Path]]:
+    """Remove the temporary files that were made, if the body fails."""
+    made: list[Path] = []
     try:
-        with open(temporary, "wb") as file:
+        yield made
+    except BaseException:
+        for temporary in made:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_temporary(path: Path, write: Callable[[BinaryIO], object], made: list[Path]) -> tuple[Path, str]:
+    """Write what is to become ``path`` into a new file beside it; return that file and its SHA-256."""
+    temporary, file = _new_file(path)
+    made.append(temporary)
+    try:
+        with file:
             hashing = _HashingFile(file)
             write(cast("BinaryIO", hashing))
             file.flush()
             os.fsync(file.fileno())
-        path = path if final is None else final(hashing.digest.hexdigest())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
             raise error.__context__ from None  # torch.save hides a full disk behind an internal error
         raise
-    sync_directory(path.parent)
-    return path
+    return temporary, hashing.digest.hexdigest()
+
+
+def _new_file(path: Path) -> tuple[Path, BinaryIO]:
+    """Make a file beside ``path``, under a name that nobody else has or can guess, and open it.
+
+    A link in its place is not followed, or somebody else could choose what is written over.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    return temporary, open(temporary, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def remove_temporaries(directory: Path, *names: str) -> None:
+    """Remove what writers of files of these names, or patterns such as ``"best*.pt"``, left when they were killed.
+
+    None of them may be writing now.
+    """
+    for name in names:
+        for temporary in directory.glob(f".{name}.*.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 class _HashingFile:
@@ -82,20 +122,12 @@ def save(path: Path, value: Any) -> None:
 
 def save_together(values: dict[Path, Any]) -> None:
     """Write several files of one moment: they are renamed only when all are complete and on the disk."""
-    temporaries: dict[Path, Path] = {}
-    try:
+    with _temporaries() as made:
         for path, value in values.items():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.ready")
-            temporaries[path] = temporary
             on_cpu = tree_map(Tensor.cpu, value)
-            write_durably(temporary, lambda file, on_cpu=on_cpu: torch.save(on_cpu, file))  # type: ignore[misc]  # bound now
-        for path, temporary in temporaries.items():
+            _write_temporary(path, partial(torch.save, on_cpu), made)
+        for path, temporary in zip(values, made, strict=True):
             os.replace(temporary, path)
-    except BaseException:
-        for temporary in temporaries.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise
     for directory in {path.parent for path in values}:
         sync_directory(directory)
 
@@ -106,15 +138,24 @@ def ensure_writable(directory: Path, owner: str) -> None:
     Raises:
         ConfigurationError: naming the directory and who wanted it, if that fails.
     """
-    probe = directory / f".probe.{os.getpid()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        _make_directory(directory)
+        remove_temporaries(directory, "probe")
+        probe, file = _new_file(directory / "probe")
+        file.close()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigurationError(
             f"{owner} cannot write in {directory}: {error.strerror}. Pass a directory that can be written."
         ) from error
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory and those above it, so that after a crash they are there."""
+    new = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for one in new:
+        sync_directory(one.parent)
 
 
 def directory_for(owner: str, wanted: str | Path | None, run_directory: Path | None, *, within: str = "") -> Path:

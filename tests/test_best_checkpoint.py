@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import class_batches, linear, make_trainer, pairs, refused, regression, run_python, run_script
+from helpers import class_batches, linear, make_trainer, pairs, refused, regression, run_python, run_script, struck
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -493,6 +495,41 @@ def test_a_write_that_fails_halfway_warns_and_the_old_file_still_loads(tmp_path:
     assert run.stderr.count("BestCheckpoint could not write in") == 2
     assert names(tmp_path) == {"best.pt"}
     assert epoch_of(tmp_path / "best.pt") == 2
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_what_a_killed_run_left_half_written_is_removed_when_the_next_begins(top_k: int, tmp_path: Path) -> None:
+    """Killed before each third call: the next run ends with its own files, and no other."""
+    left = 0
+    for fatal in range(2, 80, 3):
+        directory = tmp_path / str(fatal)
+        child = os.fork()
+        if child == 0:
+            with struck(kill_before(fatal)):
+                run_script([1.0], BestCheckpoint("val_score", "max", directory, top_k=top_k))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        left += len(list(directory.glob(".best*"))) + len(list(directory.glob(".val_score*")))
+        (directory / ".notes.tmp").touch()  # somebody else's
+        best = BestCheckpoint("val_score", "max", directory, top_k=top_k)
+        run_script([1.0], best)
+        files = {kept.file for kept in best.kept} if top_k > 1 else set()
+        assert names(directory) == {"best.pt", ".notes.tmp", *files}
+    assert left > 5
+
+
+def kill_before(fatal: int) -> Callable[[str], None]:
+    """Kill this process before its n-th call that touches the disk."""
+    calls = itertools.count(1)
+
+    def strike(name: str) -> None:
+        if next(calls) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return strike
 
 
 class SmallDisk:

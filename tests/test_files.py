@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import num_calls, pairs, refused, regression, struck
+from helpers import num_calls, pairs, refused, regression, run_python, struck
 
 from camshaft.callbacks import BestCheckpoint, Report, RunDirectory, TensorBoard
 from camshaft.engine import (
@@ -20,6 +24,7 @@ from camshaft.engine import (
     Engine,
     directory_for,
     ensure_writable,
+    remove_temporaries,
     save_together,
     write_durably,
 )
@@ -98,6 +103,155 @@ def test_whichever_call_fails_both_files_are_whole_and_nothing_else_is_left(tmp_
         assert left.keys() == {"a.pt", "b.pt"}
         assert left["a.pt"] >= left["b.pt"], "the first takes its name first"
     assert total > 10
+
+
+# Somebody who puts a link where a new file is about to be made, at the last moment.
+ADVERSARY = """
+import os, sys
+from pathlib import Path
+from camshaft.engine import ensure_writable, save_together, write_durably
+from camshaft.engine.errors import ConfigurationError
+victim, directory = Path(sys.argv[1]), Path(sys.argv[2])
+planted = []
+def plant(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(f"{directory}/.") and not os.path.lexists(arguments[0]):
+        planted.append(arguments[0])
+        os.symlink(victim, arguments[0])
+sys.addaudithook(plant)
+calls = {
+    "write": lambda: write_durably(directory / "a.pt", lambda file: file.write(b"overwritten")),
+    "save": lambda: save_together({directory / "a.pt": 1, directory / "b.pt": 2}),
+    "try": lambda: ensure_writable(directory, "Mine"),
+}
+try:
+    calls[sys.argv[3]]()
+except (OSError, ConfigurationError) as error:
+    assert "File exists" in str(error), error
+else:
+    sys.exit("the link was followed")
+assert planted
+"""
+
+
+@pytest.mark.parametrize("call", ["write", "save", "try"])
+def test_a_link_in_the_place_of_a_temporary_file_is_never_followed(call: str, tmp_path: Path) -> None:
+    """What it points at stays as it is, whether it exists or would be made."""
+    for target in ("there", "missing"):
+        directory, victim = tmp_path / f"of-{target}", tmp_path / target
+        directory.mkdir()
+        (tmp_path / "there").write_text("somebody else's")
+        run = run_python(ADVERSARY, victim, directory, call)
+        assert run.returncode == 0, run.stderr
+        assert (tmp_path / "there").read_text() == "somebody else's"
+        assert not (tmp_path / "missing").exists()
+        assert not [path for path in directory.iterdir() if not path.is_symlink()]
+
+
+def test_the_name_of_a_temporary_file_is_another_each_time(tmp_path: Path) -> None:
+    seen: list[str] = []
+    for _ in range(2):
+        write_durably(tmp_path / "a.pt", lambda file: seen.extend(path.name for path in tmp_path.glob(".*")))
+    assert len(seen) == len(set(seen)) == 2
+    assert all(re.fullmatch(r"\.a\.pt\.[0-9a-f]{16}\.tmp", name) for name in seen)
+
+
+def test_a_new_file_has_the_permissions_of_any_other_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    path = write_durably(tmp_path / "a.pt", lambda file: file.write(b"a"))
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_two_threads_may_write_the_same_file_at_once_and_it_is_whole(tmp_path: Path) -> None:
+    """Each is in the middle of its write when the other begins; the one that ends last is the content."""
+    both = threading.Barrier(2, timeout=30)
+
+    def write(content: bytes) -> None:
+        def halves(file: Any) -> None:
+            file.write(content)
+            both.wait()
+            file.write(content)
+
+        write_durably(tmp_path / "a.pt", halves)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, [b"1" * 10_000, b"2" * 10_000]))
+    assert (tmp_path / "a.pt").read_bytes() in (b"1" * 20_000, b"2" * 20_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def kill_each(calls: int, directory: Path, work: Callable[[Path], object]) -> Iterator[Path]:
+    """The directories in which the work was killed: before its first call that touches the disk, its second, ..."""
+    for fatal in range(1, calls + 1):
+        path = directory / str(fatal)
+        path.mkdir()
+        child = os.fork()
+        if child == 0:
+            made = 0
+
+            def strike(name: str, fatal: int = fatal) -> None:
+                nonlocal made
+                made += 1
+                if made == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            with struck(strike):
+                work(path)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        yield path
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Whichever call it was killed before."""
+    left = 0
+    (tmp_path / "count").mkdir()
+    num_calls = len(calls_of(tmp_path / "count"))
+    for path in kill_each(num_calls, tmp_path, lambda path: save_together({path / "a.pt": 2, path / "b.pt": 2})):
+        others = [path / name for name in (".c.pt.0123456789abcdef.tmp", ".a.pt", "a.pt.tmp", ".a.pt.swp")]
+        for other in others:
+            other.touch()
+        left += len(list(path.glob(".?.pt.*.tmp"))) - 1
+        remove_temporaries(path, "a.pt", "b.pt")
+        names = {one.name for one in path.iterdir()}
+        assert {other.name for other in others} <= names <= {other.name for other in others} | {"a.pt", "b.pt"}
+    assert left > 10
+
+
+def test_a_trial_of_a_directory_that_was_killed_leaves_nothing_after_the_next(tmp_path: Path) -> None:
+    calls: list[str] = []
+    with struck(calls.append):
+        ensure_writable(tmp_path, "Mine")
+    left = 0
+    for path in kill_each(len(calls), tmp_path, lambda path: ensure_writable(path, "Mine")):
+        left += len(list(path.iterdir()))
+        ensure_writable(path, "Mine")
+        assert list(path.iterdir()) == []
+    assert left == 1
+
+
+def test_a_new_directory_is_on_the_disk_with_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory in which each new one lies is synced; where none is new, nothing is."""
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    ensure_writable(tmp_path / "a" / "b", "Mine")
+    assert synced == {tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino}
+    synced.clear()
+    ensure_writable(tmp_path / "a" / "b", "Mine")
+    assert synced == set()
+
+
+def test_a_relative_directory_is_made_where_the_process_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ensure_writable(Path("a/b"), "Mine")
+    ensure_writable(Path(), "Mine")
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_a_directory_is_made_and_tried_and_the_trial_leaves_nothing(tmp_path: Path) -> None:
