@@ -141,8 +141,9 @@ class SupervisedStep:
 
     def _record(self, engine: Engine, output: Any, target: Any, loss: Tensor, weight: int) -> None:
         record = engine.current.record or refuse_outside_a_stage()
-        record.accumulate("loss", loss, weight)
-        record.measure(output, target, weight)
+        if weight:  # the loss of an empty batch is the mean of nothing, which is NaN
+            record.accumulate("loss", loss, weight)
+            record.measure(output, target, weight)
 
 
 def _num_required(function: Loss) -> int:

@@ -107,7 +107,8 @@ class Update:
 
         Args:
             loss: one element, the mean over the batch.
-            num_samples: how many samples it is the mean of; taken from the batch by default.
+            num_samples: how many samples it is the mean of; taken from the batch by default. The mean of none is left
+                out, and `LossReady` not announced for it.
             optimizer: the name of the part that steps; by default the part ``optimizer``.
             batch_size: for a part of a batch, the number of samples of the whole batch; the last part completes it.
 
@@ -122,7 +123,7 @@ class Update:
         window = self._windows.get(optimizer or MAIN) or self._open(optimizer or MAIN)
         if optimizer is not None and optimizer != MAIN:
             self._several = True
-        if progress.step >= self._loss_ready.due:
+        if progress.step >= self._loss_ready.due and num_samples != 0:
             engine, stepping = self._engine, self._optimizer(window)
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
             check_loss(loss, self._parts)

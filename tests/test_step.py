@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from helpers import (
     regression,
 )
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
+from camshaft.callbacks import MicroBatch, StopOnNonFinite
 from camshaft.engine import (
     NOTHING,
     ConfigurationError,
@@ -223,3 +226,27 @@ def test_a_target_is_of_the_present_batch_or_nothing() -> None:
     engine.subscribe(StepEnd, lambda event: seen.append(engine.current.target))
     engine.fit(range(2), epochs=1)
     assert seen == ["target", NOTHING]
+
+
+def test_an_empty_batch_counts_for_nothing() -> None:
+    """Its loss is the mean of nothing, which is NaN: averages, metrics, weights and watchers of the loss ignore it."""
+    empty = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    metrics = {"error": mean_of_squares, "acc": MulticlassAccuracy(3)}
+    plain, with_empty = (make_trainer(StopOnNonFinite("raise"), metrics=metrics) for _ in range(2))
+    plain.fit(class_batches(4, 4), class_batches(4), epochs=2)
+    with_empty.fit([empty, *class_batches(4, 4), empty], [*class_batches(4), empty], epochs=2)
+    for name in ("train_loss", "train_error", "train_acc", "val_loss", "val_error", "val_acc"):
+        assert with_empty.history[name] == plain.history[name], name
+    assert with_empty.num_updates == plain.num_updates
+    assert torch.equal(with_empty.parts["model"].weight, plain.parts["model"].weight)
+
+
+def mean_of_squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return output.square().mean()
+
+
+def test_an_empty_batch_cannot_be_divided_and_counts_for_nothing_either() -> None:
+    trainer = make_trainer(MicroBatch(2))
+    trainer.fit([*class_batches(4), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))], epochs=1)
+    assert (trainer.step, trainer.num_updates, trainer.num_skipped_updates) == (2, 1, 1)
+    assert math.isfinite(trainer.history["train_loss"][0])
