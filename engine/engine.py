@@ -43,7 +43,7 @@ from .history import History
 from .listeners import Listeners, Scope
 from .parts import Parts
 from .plan import Plan
-from .record import prefixed, scalars
+from .record import as_weight, prefixed, scalars
 from .renamed import OF_ENGINE, refuse_old_names
 from .rng import preserve_rng, seed_everything
 from .run import NO_RUN, Phase, Run
@@ -240,26 +240,29 @@ class Engine:
 
     # What a step calls ---------------------------------------------------------------------------------
 
-    def record(self, *, weight: float | None = None, **values: float | Tensor) -> None:
+    def record(self, *, weight: float | Tensor | None = None, **values: float | Tensor) -> None:
         """Add values, each the mean over ``weight`` samples, to the averages of the present stage.
 
-        Nothing waits for the device. Without ``weight``, the number of samples is taken from the batch.
+        ``weight`` is a number or a tensor of one element, such as ``mask.sum()``; where it is 0, there is nothing to
+        add. Without it, the number of samples is taken from the batch. Nothing waits for the device.
 
         Raises:
-            DataError: if a value is not one number, or the number of samples cannot be read from the batch.
+            DataError: if a value is not one number, the weight is not a number of samples, or the number of samples
+                cannot be read from the batch.
         """
         record = self.current.record or refuse_outside_a_stage()
-        record.add(values, self.current.num_samples() if weight is None else weight)
+        record.add(values, self.current.num_samples() if weight is None else as_weight(weight))
 
-    def measure(self, output: Any, target: Any, *, weight: float | None = None) -> None:
+    def measure(self, output: Any, target: Any, *, weight: float | Tensor | None = None) -> None:
         """Give one batch's output and target to every metric of the present stage.
 
-        Handlers find the output as ``event.output``.
+        ``weight`` is as for `record`; where it is the number 0, nothing is measured. Handlers find the output as
+        ``event.output``.
         """
         current = self.current
         record = current.record or refuse_outside_a_stage()
         current.output, current.target = output, target
-        record.measure(output, target, current.num_samples() if weight is None else weight)
+        record.measure(output, target, current.num_samples() if weight is None else as_weight(weight))
 
     def stop(self, reason: str) -> bool:
         """End the run after this step (or epoch, or validation); ``history.reason`` will say why.
@@ -526,7 +529,8 @@ class Engine:
         if isinstance(output, Tensor):
             self.record(loss=output)
         elif isinstance(output, Mapping):
-            self.record(**output)
+            record = current.record or refuse_outside_a_stage()
+            record.add(output, current.num_samples())
         else:
             raise DataError(
                 f"The step returned {output!r}, of type {type(output).__name__}. "

@@ -231,6 +231,22 @@ def test_no_step_reads_the_device(tmp_path: Path, device: str) -> None:
     assert not watch.reads.total(), watch.reads
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_no_weight_on_the_device_is_read(device: str) -> None:
+    def step(engine: Engine, batch: Tensor) -> None:
+        engine.record(loss=batch.mean(), weight=batch.sum())
+        engine.measure(batch, None, weight=batch.sum())
+
+    engine = Engine(step)
+    engine.stages.add_metrics({"share": lambda output, target: output.mean()})
+    watch = HostReads()
+    between(engine, 2, 4, lambda: watch)
+    history = engine.fit([torch.ones(3, device=device)] * 5, epochs=1)
+    assert watch.num_operations > 2 * 10
+    assert not watch.reads.total(), watch.reads
+    assert history["train_loss"] == history["train_share"] == [1.0]
+
+
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(tmp_path: Path) -> None:
     @contextmanager

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers import refused
+from torch import Tensor
 
+from camshaft.callbacks import RunCheckpoint
 from camshaft.engine import AverageMeter, DataError, Engine
 from camshaft.engine.record import Record, format_values
 
@@ -97,3 +103,110 @@ def test_peek_shows_the_present_averages_on_the_cpu() -> None:
 def test_numbers_are_shown_with_digits_that_say_something() -> None:
     shown = format_values({"a": 0.0, "b": 0.5, "c": 1e-6, "d": 123456.0, "m": torch.ones(2)})
     assert shown == "a 0.0000  b 0.5000  c 1e-06  d 1.235e+05"
+
+
+@pytest.mark.parametrize("value", [np.float64(0.5), np.float32(0.5), np.array(0.5), np.array([0.5])])
+def test_numbers_of_numpy_become_plain_floats(value: Any) -> None:
+    """What a checkpoint holds must be plain."""
+    record = Record()
+    record.add({"loss": value}, 2)
+    assert record.compute() == {"loss": 0.5}
+    assert [type(one) for one in record.state_dict()["meters"]["loss"]] == [float, float, int]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 10**5000, 1 + 2j, np.complex64(1), torch.tensor(1 + 2j), np.ones(2)],
+    ids=["huge", "too huge to print", "complex", "NumPy's complex", "complex tensor", "array"],
+)
+def test_a_number_that_is_not_a_float_is_refused_by_name(value: Any) -> None:
+    with refused(DataError, "acc is ", "Record "):
+        Record().add({"acc": value}, 1)
+
+
+def weighted(values: list[tuple[Any, Any]]) -> Record:
+    record = Record()
+    for value, weight in values:
+        record.add({"loss": value}, weight)
+    return record
+
+
+LOSSES = [torch.tensor(1.0), torch.tensor(4.0)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [(LOSSES[0], torch.tensor(3)), (LOSSES[1], torch.tensor([1.0]))],
+        [(LOSSES[0], 3), (LOSSES[1], torch.tensor(1))],
+        [(LOSSES[0], torch.tensor(3, dtype=torch.uint8)), (LOSSES[1], 1)],
+        [(1.0, torch.tensor(3.0)), (4.0, torch.tensor(True))],
+        [(1.0, 3.0), (4.0, torch.tensor(1.0))],
+        [(LOSSES[0], torch.tensor(3)), (torch.tensor(math.nan), torch.tensor(0)), (LOSSES[1], torch.tensor(1))],
+    ],
+)
+def test_a_weight_may_be_a_tensor(values: list[tuple[Any, Any]]) -> None:
+    """Before or after weights that are numbers; where it is 0, there is nothing to add."""
+    record = weighted(values)
+    assert record.compute() == record.peek() == {"loss": 7 / 4}
+    assert record.meters["loss"].avg == 7 / 4
+    assert record.since_mark() == {"loss": 7 / 4}
+    record.add({"loss": 5.0}, torch.tensor(4.0))
+    assert record.since_mark() == {"loss": 5.0}
+    assert record.since_mark() == {}
+    assert record.compute() == {"loss": 27 / 8}
+
+
+def test_a_value_to_which_nothing_was_added_has_no_average() -> None:
+    record = weighted([(torch.tensor(math.nan), torch.tensor(0.0))])
+    assert record.compute() == record.peek() == record.since_mark() == {}
+
+
+def test_averages_with_weights_on_the_device_survive_a_checkpoint() -> None:
+    record, other = weighted([(1.0, torch.tensor(3))]), Record()
+    record.since_mark()
+    record.add({"loss": torch.tensor(4.0)}, torch.tensor(1))
+    other.load_state_dict(record.state_dict(), torch.device("cpu"))
+    assert other.compute() == {"loss": 7 / 4}
+    assert other.since_mark() == {"loss": 4.0}
+
+
+@pytest.mark.parametrize("weigh", [Tensor.sum, lambda mask: float(mask.sum())], ids=["tensor", "number"])
+def test_a_run_weighs_by_the_tensor_that_its_step_gives(weigh: Any, tmp_path: Path) -> None:
+    masks = [torch.tensor([1, 1, 1, 0]), torch.tensor([0, 0, 0, 0]), torch.tensor([1, 0, 0, 0])]
+
+    def step(engine: Engine, batch: Tensor) -> None:
+        engine.record(loss=batch.square().sum() / batch.sum(), size=3.0, weight=weigh(batch))
+        engine.measure(batch.float().mean(), None, weight=weigh(batch))
+
+    engine = Engine(step, callbacks=[RunCheckpoint(tmp_path, every_steps=1)])
+    engine.stages.add_metrics({"share": lambda output, target: output})
+    history = engine.fit(masks, masks, epochs=2)
+    assert history["train_loss"] == history["val_loss"] == [1.0, 1.0]
+    assert history["train_size"] == [3.0, 3.0]
+    assert history["train_share"] == history["val_share"] == [(3 * 0.75 + 0.25) / 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("weight", "phrase"),
+    [
+        (-1, "weight is -1"),
+        (-0.5, "weight is -0.5"),
+        (math.nan, "weight is nan"),
+        (math.inf, "weight is inf"),
+        pytest.param(10**400, "weight is an integer too large", id="huge"),
+        ("16", "weight is '16'"),
+        (torch.ones(4), "weight is a float32 tensor of shape [4]"),
+        (torch.tensor(1j), "weight is a complex64 tensor"),
+    ],
+)
+@pytest.mark.parametrize("call", ["record", "measure"])
+def test_a_weight_that_is_not_a_number_of_samples_is_refused(call: str, weight: Any, phrase: str) -> None:
+    def step(engine: Engine, batch: float) -> None:
+        if call == "record":
+            engine.record(loss=batch, weight=weight)
+        else:
+            engine.measure(batch, batch, weight=weight)
+
+    with refused(DataError, phrase):
+        Engine(step).fit([1.0], epochs=1)

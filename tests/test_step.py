@@ -194,6 +194,11 @@ def test_a_step_that_returns_nothing_records_nothing() -> None:
         ({"acc": torch.ones(8)}, "acc has shape [8], but a recorded value is one number. Reduce it: acc.mean()."),
         ({"acc": "good"}, "acc is 'good', which is not a number"),
         ({"acc": None}, "acc is None, which is not a number"),
+        (
+            {"loss": 1.0, "weight": 4},
+            "named weight, which is how the number of samples is stated. Write engine.record(",
+        ),
+        ({5: 1.0}, "A value is named 5"),
     ],
 )
 def test_a_step_that_returns_what_cannot_be_recorded_is_refused(output: Any, phrase: str) -> None:
