@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from camshaft.engine import (
     Callback,
     ConfigurationError,
+    DataError,
     Engine,
     Step,
     SupervisedStep,
@@ -115,4 +117,9 @@ def _cut(value: Any, start: int, stop: int, total: int) -> Any:
     def cut(tensor: Tensor) -> Tensor:
         return tensor[start:stop] if tensor.ndim and len(tensor) == total else tensor
 
-    return tree_map(cut, value)
+    def cut_object(item: Any) -> Any:
+        if isinstance(item, PackedSequence):
+            raise DataError("MicroBatch cannot divide a PackedSequence. Let the model pack its padded input.")
+        return tree_map(cut, item)
+
+    return tree_map(cut, value, for_objects=cut_object)

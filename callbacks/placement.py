@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine, tree_map
+from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine, move, tree_map
 
 
 class Placement(Callback):
     """Moves every part that is a module to ``device`` when attached, and each batch when it was read.
 
-    Copies to an accelerator are non-blocking: with ``DataLoader(pin_memory=True)`` they overlap the computing.
+    Copies to an accelerator are non-blocking: with ``DataLoader(pin_memory=True)`` they overlap the computing. What is
+    not a tensor and has a method ``to`` (a `PackedSequence`, transformers' ``BatchEncoding``) is moved by it.
 
     Args:
         device: "auto" (CUDA, else MPS, else the CPU), or a device such as "cuda:1".
@@ -38,12 +39,15 @@ class Placement(Callback):
 
     def on_batch_ready(self, event: BatchReady) -> Any:
         """Return the batch on the device."""
-        return tree_map(self._move, event.batch)
+        return tree_map(self._move, event.batch, for_objects=self._ask)
 
     def _move(self, tensor: Tensor) -> Tensor:
         if self.channels_last and tensor.ndim == 4:
             return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(self.device, non_blocking=True)
+
+    def _ask(self, value: Any) -> Any:
+        return move(value, self.device)
 
     def __repr__(self) -> str:
         return f"Placement({str(self.device)!r}, channels_last={self.channels_last})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from camshaft.engine import (
     call_model,
     check_data,
     is_number,
+    move,
     one_pass,
     parameters_of,
     prepare_batch,
@@ -190,10 +192,11 @@ def _compute_statistics(engine: Engine, module: nn.Module, data: Data) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over all batches
     module.train()
+    to_device = partial(move, device=engine.parts.device)
     try:
         for batch in one_pass(data) if norms else ():
             inputs = prepare_batch(batch)[0] if engine.stepper is None else engine.stepper.inputs(batch)
-            call_model(module, tree_map(lambda tensor: tensor.to(engine.parts.device), inputs))
+            call_model(module, tree_map(to_device, inputs, for_objects=to_device))
     finally:
         module.train(training)
         for norm, momentum in zip(norms, momenta, strict=True):

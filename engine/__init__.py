@@ -3,7 +3,7 @@
 The first names are for everybody; those after `CheckpointError` are for authors of handlers, see docs/handlers.md.
 """
 
-from .batch import call_model, first_tensor, num_samples, outline, prepare_batch, tree_map
+from .batch import call_model, first_tensor, move, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
 from .checkpoint import CheckpointDirectory, check_plain
 from .data import Data, check_data, one_pass, repeat
@@ -105,6 +105,7 @@ __all__ = [
     "FunctionStep",
     "SupervisedStep",
     "tree_map",
+    "move",
     "first_tensor",
     "call_model",
     "outline",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .errors import DataError
 
@@ -17,12 +20,14 @@ TARGET_NAMES = ("target", "targets", "label", "labels", "y")
 def prepare_batch(batch: Any) -> tuple[Any, Any]:
     """Split a batch into ``(inputs, target)``; pass your own function as ``Trainer(prepare_batch=...)``.
 
-    * a pair (tuple, list or named tuple) is ``(inputs, target)``;
+    * a pair (tuple, list or named tuple) is ``(inputs, target)``. Inputs in a list become a tuple, as they were before
+      torch's default collate, if all are tensors that share the first dimension of a target that is a tensor; any
+      other list has one item per sample, as for detection, and stays one;
     * a single item, also as a tuple of one, is ``(inputs, None)``;
     * a dict, dataclass or longer named tuple has its target under one of ``target``, ``targets``, ``label``,
       ``labels`` or ``y``. What else it holds is the inputs: the value itself if there is one, else a dict.
 
-    A trainer calls the model with ``*inputs`` for a tuple, ``**inputs`` for a dict, and ``inputs`` otherwise.
+    A trainer calls the model with ``*inputs`` for a tuple, ``**inputs`` for a mapping, and ``inputs`` otherwise.
 
     Raises:
         DataError: if which is which cannot be known.
@@ -30,10 +35,11 @@ def prepare_batch(batch: Any) -> tuple[Any, Any]:
     >>> prepare_batch({"image": "pixels", "label": 3})
     ('pixels', 3)
     """
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | PackedSequence):
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
+        inputs, target = batch
+        return (tuple(inputs) if isinstance(inputs, list) and _are_inputs(inputs, target) else inputs), target
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
     fields = _fields(batch)
@@ -52,7 +58,8 @@ def prepare_batch(batch: Any) -> tuple[Any, Any]:
 def num_samples(batch: Any) -> int:
     """Return the number of samples: the first dimension that all tensors of the batch share.
 
-    Where the parts are lists, as detection loaders give, it is their length.
+    Where the parts are lists, as detection loaders give, it is their length; of a `PackedSequence`, the number of
+    sequences.
 
     Raises:
         DataError: if tensors disagree or there are none; then the weight must be stated.
@@ -68,6 +75,8 @@ def num_samples(batch: Any) -> int:
                 break
         else:
             return size
+    if isinstance(batch, PackedSequence):
+        batch = [batch]
     parts = list((_fields(batch) or {}).values()) or (batch if isinstance(batch, tuple | list) else [batch])
     lengths = {len(part) if isinstance(part, tuple | list) else -1 for part in parts}
     if len(parts) > 1 and len(lengths) == 1 and -1 not in lengths and _has_dicts(parts):
@@ -83,24 +92,58 @@ def num_samples(batch: Any) -> int:
     )
 
 
-def tree_map(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply ``function`` to every tensor in nested tuples, lists, dicts and dataclasses; keep the rest.
+def tree_map(function: Callable[[Tensor], Any], value: Any, *, for_objects: Callable[[Any], Any] | None = None) -> Any:
+    """Apply ``function`` to every tensor in nested tuples, lists, mappings and dataclasses; keep the rest.
+
+    Args:
+        function: takes a tensor.
+        value: the nested values.
+        for_objects: takes anything else that has a method ``to``, whatever is in it.
 
     >>> tree_map(lambda t: t.shape, {"x": torch.zeros(2, 3), "name": "a"})
     {'x': torch.Size([2, 3]), 'name': 'a'}
     """
     if isinstance(value, Tensor):
         return function(value)
+    if for_objects is not None and hasattr(value, "to") and not isinstance(value, type):
+        return for_objects(value)
     if isinstance(value, Mapping):
-        return {key: tree_map(function, item) for key, item in value.items()}
+        items = {key: tree_map(function, item, for_objects=for_objects) for key, item in value.items()}
+        return items if type(value) is dict else _mapping_like(value, items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # the only mark of a named tuple
-        return type(value)(*(tree_map(function, item) for item in value))
+        return type(value)._make(tree_map(function, item, for_objects=for_objects) for item in value)  # type: ignore[attr-defined]  # as it says
     if isinstance(value, tuple | list):
-        return type(value)(tree_map(function, item) for item in value)
+        return type(value)(tree_map(function, item, for_objects=for_objects) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field.init]
-        return dataclasses.replace(value, **{name: tree_map(function, getattr(value, name)) for name in names})
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **tree_map(function, fields, for_objects=for_objects))
     return value
+
+
+def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a mapping of the same type with these items, or the items where none can be built."""
+    try:
+        if not isinstance(value, dict | UserDict):
+            return type(value)(items)  # type: ignore[call-arg]  # whether that works is the question
+        mapping = copy.copy(value)  # with all else that it holds
+        for key, item in items.items():
+            mapping[key] = item
+    except Exception:  # a class of the user's own may refuse in any way
+        return items
+    return mapping
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Move what has a method ``to`` to a device, without waiting for it where it can do that.
+
+    >>> move(torch.zeros(2), torch.device("meta")).device
+    device(type='meta')
+    """
+    try:
+        moved = value.to(device, non_blocking=True)
+    except TypeError:  # it does not know that keyword
+        moved = value.to(device)
+    return value if moved is None else moved
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -116,14 +159,14 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Return the model's output: called with ``*inputs`` for a tuple, ``**inputs`` for a dict, else ``inputs``.
+    """Return the model's output: called with ``*inputs`` for a tuple, ``**inputs`` for a mapping, else ``inputs``.
 
     >>> call_model(lambda left, right: left + right, (1, 2))
     3
     """
-    if isinstance(inputs, tuple):
+    if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
         return model(*inputs)
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs)
 
@@ -139,7 +182,7 @@ def concatenate(outputs: list[Any]) -> Any:
         return torch.cat(outputs)
     if isinstance(first, Mapping):
         return {key: concatenate([output[key] for output in outputs]) for key in first}
-    if isinstance(first, tuple):
+    if isinstance(first, tuple) and not isinstance(first, PackedSequence):
         joined = [concatenate(list(items)) for items in zip(*outputs, strict=True)]
         return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
     if isinstance(first, list):
@@ -160,6 +203,12 @@ def _fields(batch: Any) -> dict[str, Any] | None:
     return None
 
 
+def _are_inputs(items: list[Any], target: Any) -> bool:
+    """Return whether a list holds the inputs of a model, each for all samples, and not one item per sample."""
+    size = target.shape[:1] if isinstance(target, Tensor) else ()
+    return bool(items and size) and all(isinstance(item, Tensor) and item.shape[:1] == size for item in items)
+
+
 def _has_dicts(parts: Iterable[Any]) -> bool:
     return any(isinstance(item, Mapping) for part in parts for item in part)
 
@@ -168,6 +217,8 @@ def _first_dimensions(part: Any) -> Iterator[int]:
     if isinstance(part, Tensor):
         if part.ndim:
             yield len(part)
+    elif isinstance(part, PackedSequence):
+        yield int(part.batch_sizes[0])
     elif not isinstance(part, list):
         for item in part if isinstance(part, tuple) else (_fields(part) or {}).values():
             yield from _first_dimensions(item)

@@ -39,7 +39,7 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     returns a named tuple with a field ``loss``, that field is taken.
 
     Args:
-        model: called with the inputs: ``*inputs`` for a tuple, ``**inputs`` for a dict.
+        model: called with the inputs: ``*inputs`` for a tuple, ``**inputs`` for a mapping.
         optimizer: over the model's parameters.
         loss_fn: a module or function that returns the mean loss over the batch.
         metrics: ``{"acc": metric}``; a function ``(output, target) -> mean over the batch``, a torchmetrics or an

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Mapping
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,11 @@ import pytest
 import torch
 from helpers import num_calls, refused, regression
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import DataLoader
 
-from camshaft.engine import DataError, Engine, Trainer, num_samples, prepare_batch
+from camshaft.callbacks import MicroBatch
+from camshaft.engine import DataError, Engine, Trainer, call_model, num_samples, prepare_batch
 from camshaft.engine.batch import concatenate, tree_map
 
 X, Y = torch.zeros(8, 3), torch.zeros(8, 1)
@@ -176,3 +179,103 @@ def test_a_number_of_samples_that_cannot_be_known_must_be_stated() -> None:
 def test_tensors_that_disagree_tell_no_number_of_samples() -> None:
     with refused(DataError, "(Tensor [4, 2], Tensor [3, 1]), so its number of samples cannot be known"):
         Engine(lambda engine, batch: {"score": 0.5}).fit([(INPUTS, TARGET[:3])], epochs=1)
+
+
+class Sum(nn.Linear):
+    """Takes two inputs of a pair, by place or by name."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]  # the point
+        return super().forward(left + right)
+
+
+def trainer_of(model: nn.Module) -> Engine:
+    return Trainer(model, torch.optim.SGD(model.parameters(), 0.01), nn.MSELoss())
+
+
+def test_two_inputs_of_the_default_collate_reach_the_model_as_two() -> None:
+    """It makes lists of nested tuples."""
+    samples = [((torch.ones(3), torch.ones(3)), torch.ones(1)) for _ in range(5)]
+    loader: DataLoader[Any] = DataLoader(samples, batch_size=4)  # type: ignore[arg-type]  # a list is a dataset
+    trainer = trainer_of(Sum(3, 1))
+    history = trainer.fit(loader, loader, epochs=2)
+    assert history["val_loss"][1] < history["val_loss"][0]
+    assert trainer.predict(loader).shape == (5, 1)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ([torch.zeros(3, 5, 5), torch.zeros(3, 7, 7)], [{"boxes": X}, {"boxes": X}]),
+        ([torch.zeros(3, 5, 5), torch.zeros(3, 7, 7)], torch.zeros(2)),
+        ([torch.zeros(3, 5, 5), torch.zeros(3, 7, 7)], [torch.zeros(3, 4), torch.zeros(3, 4)]),
+        ([], torch.zeros(0)),
+        (["a", "b"], torch.zeros(2)),
+        ([torch.zeros(()), torch.zeros(())], torch.zeros(2)),
+    ],
+)
+def test_a_list_with_one_item_per_sample_stays_a_list(batch: Any) -> None:
+    """Detection models of torchvision take a list of images, which may be of differing sizes."""
+    assert prepare_batch(batch)[0] is batch[0]
+    assert call_model(lambda images: images, prepare_batch(batch)[0]) is batch[0]
+
+
+class Encoding(UserDict[str, Any]):
+    """A mapping that is not a dict, as transformers' BatchEncoding is."""
+
+
+def test_a_mapping_that_is_not_a_dict_reaches_the_model_by_name() -> None:
+    trainer = trainer_of(Sum(3, 1))
+    trainer.fit([(Encoding(left=X, right=X), Y), Encoding(left=X, right=X, labels=Y)], epochs=1)
+    assert trainer.step == 2
+
+
+def test_a_packed_sequence_is_one_input_with_as_many_samples_as_sequences() -> None:
+    class Last(nn.LSTM):
+        def forward(self, packed: PackedSequence) -> Tensor:  # type: ignore[override]  # the point
+            last: Tensor = super().forward(packed)[1][0][-1]
+            return last
+
+    packed = pack_sequence([torch.ones(5, 3), torch.ones(2, 3)])
+    batch = (packed, torch.ones(2, 1))
+    assert num_samples(batch) == num_samples(packed) == 2
+    assert prepare_batch(packed) == (packed, None)
+    trainer = trainer_of(Last(3, 1))
+    losses = trainer.fit([batch], epochs=2)["train_loss"]
+    assert losses[1] < losses[0]
+    assert trainer.predict([batch]).shape == (2, 1)
+    with refused(DataError, "a PackedSequence of 4", "which cannot be joined"):
+        concatenate([packed, packed])
+    trainer.attach(MicroBatch(2))
+    with refused(DataError, "MicroBatch cannot divide a PackedSequence"):
+        trainer.fit([batch], epochs=1)
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, Encoding, lambda items: defaultdict(list, items)])
+def test_tree_map_keeps_the_kinds_of_mappings(kind: Any) -> None:
+    value = kind({"x": X, "more": [X, "a"]})
+    moved = tree_map(lambda tensor: tensor + 1, value)
+    assert type(moved) is type(value)
+    assert moved["x"].sum() == moved["more"][0].sum() == 24
+    assert moved["more"][1] == "a"
+    assert value["x"] is X
+    if isinstance(value, defaultdict):
+        assert moved["new"] == []
+
+
+class Fixed(Mapping[str, Any]):
+    """A mapping that cannot be built from another one."""
+
+    def __getitem__(self, name: str) -> Any:
+        return {"x": X}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["x"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_mapping_that_cannot_be_built_becomes_a_dict() -> None:
+    moved = tree_map(lambda tensor: tensor + 1, Fixed())
+    assert type(moved) is dict
+    assert moved["x"].sum() == 24

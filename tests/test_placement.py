@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers import class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from camshaft.callbacks import Placement
@@ -55,6 +57,68 @@ def test_every_tensor_of_a_batch_is_moved_and_its_shape_kept() -> None:
     tensors = [*moved["pair"], moved["list"][0], moved["list"][1][0], moved["sample"].image]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved["list"][1][1], moved["n"]) == ("text", 3)
+
+
+class Encoding(UserDict[str, Any]):
+    """As transformers' BatchEncoding: a mapping with more than its items, which moves itself."""
+
+    def __init__(self, data: dict[str, Any], words: list[str]) -> None:
+        super().__init__(data)
+        self.words = words
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Encoding:
+        self.data = {name: value.to(device, non_blocking=non_blocking) for name, value in self.data.items()}
+        self.was_non_blocking = non_blocking
+        return self
+
+
+class Images:
+    """As torchvision's ImageList: ``to`` takes a device and nothing else."""
+
+    def __init__(self, tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.tensors.to(device))
+
+
+class InPlace(Images):
+    """Moves itself, and returns nothing."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> None:  # type: ignore[override]  # the point
+        self.tensors = self.tensors.to(device)
+
+
+def test_an_object_with_a_method_to_moves_itself() -> None:
+    """Wherever it is in the batch; its copies are non-blocking if it can do that."""
+    batch = {"text": Encoding({"ids": one()}, ["a"]), "pair": (Images(one()), [InPlace(one())])}
+    moved = placed(batch)
+    assert (type(moved["text"]), moved["text"].words, moved["text"].was_non_blocking) == (Encoding, ["a"], True)
+    images, (in_place,) = moved["pair"]
+    assert (type(images), type(in_place)) == (Images, InPlace)
+    assert {one.device.type for one in (moved["text"]["ids"], images.tensors, in_place.tensors)} == {"meta"}
+
+
+def test_an_error_in_a_method_to_is_its_own() -> None:
+    class Broken(Images):
+        def to(self, device: torch.device) -> Images:
+            raise TypeError("cannot move")
+
+    with pytest.raises(TypeError, match="cannot move"):
+        placed(Broken(one()))
+
+
+def test_a_packed_sequence_stays_one() -> None:
+    """Its batch sizes stay on the CPU, where torch wants them."""
+    moved, target = placed((pack_sequence([torch.ones(5, 3), torch.ones(2, 3)]), one()))
+    assert type(moved) is PackedSequence
+    assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
+    assert target.device.type == "meta"
+
+
+@pytest.mark.parametrize("value", [Tensor, Images])
+def test_a_class_in_a_batch_is_left_alone(value: Any) -> None:
+    assert placed((one(), value))[1] is value
 
 
 @pytest.mark.parametrize("batch", [one(), (one(), one()), [one(), one()], Pair(one(), one())])
