@@ -41,7 +41,7 @@ from .events import (
 from .feed import Feed
 from .history import History
 from .listeners import Listeners, Scope
-from .parts import Parts
+from .parts import Parts, check_parts
 from .plan import Plan
 from .record import as_weight, prefixed, scalars
 from .renamed import OF_ENGINE, refuse_old_names
@@ -70,6 +70,9 @@ class Engine:
         callbacks: handlers, attached in this order.
         seed: seeds python, numpy and torch when the first run begins; None leaves them alone.
         parts: the named objects of the run, such as ``model=`` and ``optimizer=``.
+
+    Raises:
+        ConfigurationError: if an argument is of the wrong kind, or a part looks like another argument.
 
     Attributes:
         epoch, step, num_fits, num_validations, num_updates, num_skipped_updates: what was done so far, also in earlier
@@ -102,6 +105,7 @@ class Engine:
         self.stepper = step if step is None else as_step(step)
         self.epoch = self.step = self.validation_step = 0
         self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
+        check_parts(parts, ("step", "callbacks", "seed"))
         self.parts = Parts(parts)
         self.history = History()
         self.stages = Stages()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+
+from .callback import Callback
+from .errors import ConfigurationError
 
 
 class Parts(dict[str, Any]):
@@ -45,3 +50,26 @@ class Parts(dict[str, Any]):
         finally:
             for layer, mode in modes.items():
                 layer.training = mode
+
+
+def check_parts(parts: Mapping[str, Any], parameters: Sequence[str]) -> None:
+    """Refuse what is not meant as a part; it would be kept in silence, and have no effect.
+
+    Args:
+        parts: by name.
+        parameters: the names of the parameters beside them that may be left out.
+
+    Raises:
+        ConfigurationError: for the name of a parameter that is misspelt, for callbacks, and for a loader.
+    """
+    for name, part in parts.items():
+        if close := difflib.get_close_matches(name.lower(), parameters, n=1, cutoff=0.8):
+            raise ConfigurationError(
+                f'"{name}" is too close to a parameter to name a part. Did you mean "{close[0]}"?'
+            )
+        callbacks = part if isinstance(part, list | tuple) else [part]
+        if any(isinstance(one, Callback) for one in callbacks):
+            written = ", ".join(map(repr, callbacks))
+            raise ConfigurationError(f'"{name}" holds callbacks, which a part cannot be. Write callbacks=[{written}].')
+        if isinstance(part, DataLoader):
+            raise ConfigurationError(f'"{name}" is a DataLoader, which a part cannot be. Pass it to engine.fit(...).')

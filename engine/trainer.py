@@ -16,6 +16,7 @@ from .engine import Engine
 from .errors import ConfigurationError
 from .events import FitStart
 from .parameters import parameters_of
+from .parts import check_parts
 from .step import Loss, SupervisedStep
 
 logger = logging.getLogger("camshaft")
@@ -50,7 +51,8 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
         parts: further named objects of the run.
 
     Raises:
-        ConfigurationError: if an argument is of the wrong kind, or the optimizer trains another model.
+        ConfigurationError: if an argument is of the wrong kind, or the optimizer trains another model, or a part looks
+            like another argument.
 
     >>> model = nn.Linear(2, 1)
     >>> trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss())
@@ -61,6 +63,7 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     _check_instance("model", model, nn.Module)
     _check_instance("optimizer", optimizer, torch.optim.Optimizer)
     _check_loss_fn(loss_fn)
+    check_parts(parts, ("metrics", "callbacks", "seed", "prepare_batch"))
     step = SupervisedStep(loss_fn, prepare_batch)
     engine = Engine(step, seed=seed, model=model, optimizer=optimizer, loss_fn=loss_fn, **parts)
     _check_optimizer(optimizer, engine)
@@ -109,8 +112,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, engine: Engine) -> None:
             "Write a step function for Engine(step, ...) that calls optimizer.step(closure)."
         )
     trained = {id(parameter) for parameter in parameters_of(optimizer)}
-    trainable = {name: p for name, p in engine.parts.named_parameters() if p.requires_grad}
-    missing = [name for name, parameter in trainable.items() if id(parameter) not in trained]
+    trainable = [(name, p) for name, p in engine.parts.named_parameters() if p.requires_grad]
+    missing = [name for name, parameter in trainable if id(parameter) not in trained]
     if trainable and len(missing) == len(trainable):
         raise ConfigurationError(
             "The optimizer holds none of the model's parameters, so the model would not learn. "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
-from helpers import CountingModel, pairs, regression
+from helpers import CountingModel, loader_of, mean_error, pairs, refused, regression
 from torch import nn
 
-from camshaft.engine import Engine, StepEnd
+from camshaft.callbacks import EarlyStopping
+from camshaft.engine import ConfigurationError, Engine, StepEnd
 from camshaft.engine.parts import Parts
 
 
@@ -75,3 +77,45 @@ def test_a_model_in_eval_mode_is_given_back_as_it_was_also_after_an_error() -> N
     with pytest.raises(ZeroDivisionError):
         trainer.fit(pairs(), epochs=1)
     assert not trainer.parts["model"].training
+
+
+MISSPELT: list[tuple[str, Any, str]] = [
+    ("callback", [EarlyStopping("val_loss")], 'Did you mean "callbacks"?'),
+    ("call_backs", [], 'Did you mean "callbacks"?'),
+    ("Seed", 0, 'Did you mean "seed"?'),
+    ("stopping", EarlyStopping("val_loss"), "callbacks=[EarlyStopping("),
+    ("handlers", (EarlyStopping("val_loss"),), "callbacks=[EarlyStopping("),
+    ("train", loader_of(4), "Pass it to engine.fit"),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "phrase"), MISSPELT)
+@pytest.mark.parametrize("make", [regression, Engine])
+def test_what_is_no_part_is_not_taken_for_one(make: Any, name: str, part: Any, phrase: str) -> None:
+    """A misspelt keyword would be kept as a part in silence, and have no effect."""
+    with refused(ConfigurationError, f'"{name}"', phrase):
+        make(**{name: part})
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "phrase"),
+    [
+        ("metric", {"acc": mean_error}, 'Did you mean "metrics"?'),
+        ("prepare_batches", lambda batch: batch, 'Did you mean "prepare_batch"?'),
+    ],
+)
+def test_a_trainer_knows_its_own_parameters_too(name: str, part: Any, phrase: str) -> None:
+    with refused(ConfigurationError, f'"{name}"', phrase):
+        regression(**{name: part})
+
+
+def test_other_names_are_names_of_parts() -> None:
+    parts: dict[str, Any] = {
+        "model2": nn.Linear(2, 1),
+        "ema": None,
+        "discriminator": nn.Linear(2, 1),
+        "names": ["a"],
+        "ema_model": [],
+    }
+    assert regression(**parts).parts.keys() > parts.keys()
+    assert Engine(**parts, models=[], optimizer2=None).parts.keys() > parts.keys()
