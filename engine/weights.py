@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +37,27 @@ def weight_differences(model: nn.Module, weights: Mapping[str, Any]) -> list[str
     differences += [
         f"{name} has shape {list(value.shape)}, the model's has {list(own[name].shape)}"
         for name, value in shared.items()
-        if isinstance(value, Tensor) and value.shape != own[name].shape
+        if isinstance(value, Tensor) and value.shape != own[name].shape and not _takes(model, name, weights)
     ]
     return differences
+
+
+def _takes(model: nn.Module, name: str, weights: Mapping[str, Any]) -> bool:
+    """Return whether a module that loads itself takes a buffer of another shape, as observers of quantization do.
+
+    Only a copy of that module, which is small, is loaded to find out.
+    """
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    if type(module)._load_from_state_dict is nn.Module._load_from_state_dict:
+        return False
+    prefix = f"{path}." if path else ""
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    try:
+        copy.deepcopy(module).load_state_dict(own)
+    except RuntimeError:
+        return False
+    return True
 
 
 def unwrap(model: nn.Module) -> nn.Module:

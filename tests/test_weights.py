@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import refused
 from torch import nn
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 
 from camshaft.engine import CheckpointError, load_weights, unwrap
 from camshaft.engine.weights import weight_differences
@@ -62,3 +63,30 @@ def test_what_is_not_a_tensor_is_told_by_its_name(value: object) -> None:
     model = nn.Linear(2, 1)
     with refused(CheckpointError, "weight is not a tensor", "nothing was loaded"):
         load_weights(model, model.state_dict() | {"weight": value}, "best.pt")
+
+
+def in_quantization_aware_training(width: int = 2) -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, width), nn.ReLU()).train()
+    model.qconfig = get_default_qat_qconfig("fbgemm")
+    prepared: nn.Module = prepare_qat(model)
+    return prepared
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.ao's own
+def test_observers_take_the_shapes_that_they_had_when_they_were_saved() -> None:
+    """They are empty until they have seen a batch; torch lets them grow when they are loaded."""
+    seen, fresh = in_quantization_aware_training(), in_quantization_aware_training()
+    seen(torch.ones(3, 2))
+    assert {n for n, v in seen.state_dict().items() if v.shape != fresh.state_dict()[n].shape}
+    load_weights(fresh, seen.state_dict(), "best.pt")
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in seen.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.ao's own
+def test_observers_of_another_architecture_are_refused_and_nothing_is_loaded() -> None:
+    seen, other = in_quantization_aware_training(), in_quantization_aware_training(width=3)
+    seen(torch.ones(3, 2))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with refused(CheckpointError, "0.weight has shape [2, 2], the model's has [3, 2]"):
+        load_weights(other, seen.state_dict(), "best.pt")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
