@@ -42,6 +42,11 @@ def num_batches(data: object) -> int | None:
         return len(data)
     except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
         return None
+    except Exception as error:
+        raise DataError(
+            f"The length of {_kind(data)} cannot be read ({error!r}). "
+            "Pass data whose __len__ works, or raises TypeError where the length is unknown."
+        ) from error
 
 
 def one_pass(data: Data) -> Iterator[Any]:

@@ -102,6 +102,8 @@ class Engine:
         **parts: Any,
     ) -> None:
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
+        if self.seed is not None and self.seed >= 2**64:
+            raise ConfigurationError(f"seed is {seed}, which torch cannot take. Pass a whole number below 2**64.")
         self.stepper = step if step is None else as_step(step)
         self.epoch = self.step = self.validation_step = 0
         self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0

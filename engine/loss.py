@@ -20,6 +20,8 @@ def check_loss(loss: object, parts: Parts) -> None:
         )
     if loss.numel() != 1:
         raise DataError(f"The loss has shape {list(loss.shape)}, but it must be one number. Reduce it: loss.mean().")
+    if loss.is_complex():
+        raise DataError("The loss is complex, which cannot be minimised. Return a real one, such as loss.abs().")
     if not loss.requires_grad and torch.is_grad_enabled():
         _refuse_without_grad(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -87,6 +88,8 @@ def find_state(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path
         CheckpointError: if there are files and none of them is good, or the file is of another format, or does not fit
             the parts that the engine has.
     """
+    if not isinstance(resume, str | os.PathLike):
+        raise ConfigurationError(f'resume is {resume!r}, which is not a path. Pass "auto" or a path of a checkpoint.')
     found = _find_newest(engine.callbacks) if resume == "auto" else _find_at(Path(resume))
     if found is not None:
         state, source = found

@@ -212,3 +212,43 @@ def test_a_learning_rate_that_cannot_work_is_refused_before_the_run(rate: float)
     with refused(ConfigurationError, f"learning rate of parameter group 0 is {rate}"):
         trainer.fit(pairs(), epochs=1)
     assert num_calls(trainer) == 0
+
+
+def test_a_complex_loss_is_refused() -> None:
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return (output * torch.tensor(1j)).mean()
+
+    with refused(DataError, "The loss is complex", "Return a real one"):
+        regression(loss_fn=loss_fn).fit(pairs(), epochs=1)
+
+
+@pytest.mark.parametrize("seed", [2**64, 10**30])
+def test_a_seed_too_large_for_torch_is_refused(seed: int) -> None:
+    assert regression(seed=2**64 - 1).fit(pairs(1), epochs=1)["step"] == [1]
+    with refused(ConfigurationError, f"seed is {seed}", "Pass a whole number below 2**64"):
+        regression(seed=seed)
+
+
+@pytest.mark.parametrize("resume", [5, True, b"auto"])
+def test_a_resume_that_is_not_a_path_is_refused(resume: Any) -> None:
+    trainer = regression()
+    with refused(ConfigurationError, f"resume is {resume!r}", 'Pass "auto" or a path'):
+        trainer.fit(pairs(), epochs=1, resume=resume)
+    assert num_calls(trainer) == 0
+
+
+class Unmeasured:
+    """Batches whose length cannot be asked for."""
+
+    def __len__(self) -> int:
+        raise OSError("no index")
+
+    def __iter__(self) -> Any:
+        return iter(pairs())
+
+
+def test_a_length_that_fails_is_told_before_the_run() -> None:
+    trainer = regression()
+    with refused(DataError, "The length of a Unmeasured cannot be read (OSError('no index'))", "Pass"):
+        trainer.fit(Unmeasured(), epochs=1)
+    assert num_calls(trainer) == 0
