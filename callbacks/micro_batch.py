@@ -84,7 +84,7 @@ class StepInParts:
         """Train on a batch in as many parts as it takes."""
         settings, total = self._settings, num_samples(batch)
         if not total:
-            self._step.train(engine, batch)
+            self.step.train(engine, batch)
             return
         window = tree_map(Tensor.clone, engine.update.state_dict())  # holds gradients only if one is open
         while True:

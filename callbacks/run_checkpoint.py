@@ -90,7 +90,7 @@ class RunCheckpoint(Callback):
         self._writer = _Writer(self._write) if background else None
         self._error: OSError | None = None  # of the newest save
         self._saved_at: tuple[int, int, Phase, int] | None = None
-        self._owns = False  # whether this object has begun to write in the directory
+        self._owns = False  # whether this object has written in the directory
 
     def attach(self, engine: Engine) -> None:
         """Look at the data and at the clock, too."""
@@ -110,7 +110,6 @@ class RunCheckpoint(Callback):
                 f"{self.checkpoints.path} holds checkpoints of an earlier run. "
                 'Continue it with fit(..., resume="auto"), or pass another directory.'
             )
-        self._owns = True
         self._saved_at = self._error = None
 
     def on_settled(self, event: Settled) -> None:
@@ -168,6 +167,7 @@ class RunCheckpoint(Callback):
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         self.checkpoints.save(state, step)
+        self._owns = True
         self.checkpoints.prune(self.keep, self.keep_every)
 
     def _failed(self, error: OSError, then: str) -> None:

@@ -296,14 +296,14 @@ def test_the_pieces_that_a_meter_gives_away_add_up_to_the_whole(
 ) -> None:
     """One meter fed with everything equals the sum over the pieces that were taken out of another."""
     whole, meter = AverageMeter(), AverageMeter()
-    taken: list[tuple[Value, float]] = []
+    taken: list[tuple[Value, Value]] = []
     for number, (value, weight) in enumerate(pairs):
         if number in cuts:
             taken.append(meter.take())
         whole.update(value, weight)
         meter.update(value, weight)
     taken.append(meter.take())
-    merged = math.fsum(float(total) for total, _ in taken) / math.fsum(count for _, count in taken)
+    merged = math.fsum(float(total) for total, _ in taken) / math.fsum(float(count) for _, count in taken)
     assert whole.avg == nearly(pairs)
     assert merged == nearly(pairs)
     assert (meter.count, float(meter.sum), float(meter.val)) == (0, 0.0, float(pairs[-1][0]))

@@ -31,6 +31,7 @@ from camshaft.callbacks import (
     FreezeUntil,
     MixedPrecision,
     RunCheckpoint,
+    RunDirectory,
     Schedule,
     WeightAverage,
     warmup_cosine,
@@ -718,3 +719,25 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_first_step(tmp_p
     with pytest.raises(ConfigurationError, match="RunCheckpoint cannot write in"):
         trainer.fit(DATA, epochs=1)
     assert trainer.step == 0
+
+
+def test_after_a_refused_resume_a_fit_leaves_the_files_of_the_other_run_alone(tmp_path: Path) -> None:
+    """Neither its checkpoints nor its run directory are touched by a run that did not fit them."""
+
+    def make(width: int) -> Engine:
+        model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 3))
+        callbacks = [RunDirectory(tmp_path / "runs", terminal=False), RunCheckpoint(tmp_path / "checkpoints")]
+        return Trainer(model, torch.optim.SGD(model.parameters(), 0.1), nn.CrossEntropyLoss(), callbacks=callbacks)
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in old_files}
+
+    make(5).fit(class_batches(4, 4), epochs=3)
+    old_files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    before = content()
+    other = make(6)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        other.fit(class_batches(4, 4), epochs=3, resume="auto")
+    with pytest.raises(ConfigurationError, match="holds checkpoints of an earlier run"):
+        other.fit(class_batches(4, 4), epochs=3)
+    assert content() == before
