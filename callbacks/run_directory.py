@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
 import importlib.metadata
 import io
 import json
@@ -13,7 +14,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -49,8 +50,8 @@ class RunDirectory(Callback):
 
     It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers),
     ``settings.json``, ``environment.json`` (versions, machine, command), ``handlers.txt`` (what runs, when and in
-    which order) and ``history.csv``, rewritten after each epoch; with validations in mid-epoch also
-    ``validations.csv``, rewritten after each of them. During a fit the log goes to the terminal as well,
+    which order) and ``history.csv``, with a row for each epoch; with validations in mid-epoch also
+    ``validations.csv``, with a row for each of them. During a fit the log goes to the terminal as well,
     unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
 
     Args:
@@ -111,6 +112,7 @@ class RunDirectory(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Log the settings; write down what will run in which order."""
+        self._history, self._validations = _Table(self.path / "history.csv"), _Table(self.path / "validations.csv")
         logger.info("Run directory: %s", self.path)
         logger.info("Settings: %s", json.dumps(self.settings, default=str))
         self._write("handlers.txt", event.engine.explain() + "\n")
@@ -120,12 +122,12 @@ class RunDirectory(Callback):
         validations = event.engine.history.validations
         if not event.engine.run.data_exhausted:
             epoch_logger.info("step %d  %s", event.engine.step, format_values(values_of(validations[-1])))
-            self._write_table("validations.csv", validations)
+            self._update(self._validations, validations)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Log the epoch and write the history."""
         epoch_logger.info("%s", epoch_line(event))
-        self._write_table("history.csv", event.engine.history.rows)
+        self._update(self._history, event.engine.history.rows)
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Log why the run ended."""
@@ -137,13 +139,12 @@ class RunDirectory(Callback):
         except OSError as error:
             logger.warning("%s could not be written in %s: %s. Training continues.", name, self.path, error.strerror)
 
-    def _write_table(self, name: str, rows: list[dict[str, float]]) -> None:
-        text = io.StringIO()
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self._write(name, text.getvalue())
+    def _update(self, table: _Table, rows: list[dict[str, float]]) -> None:
+        try:
+            table.update(rows)
+        except OSError as error:
+            logger.warning("%s could not be written in %s: %s. Training continues.",
+                           table.path.name, self.path, error.strerror)  # fmt: skip
 
     @contextmanager
     def _logging(self, engine: Engine) -> Iterator[None]:
@@ -173,6 +174,52 @@ class RunDirectory(Callback):
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
+
+
+class _Table:
+    """A CSV file to which new rows are appended, so that an epoch costs the same however many came before it.
+
+    The first rows of a run replace the file, because a resumed run may begin before the last rows of the earlier one;
+    so do rows with a new column, or after a failure.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: list[str] = []
+        self._num_rows: int | None = None  # None: the file is still to be written as a whole
+
+    def update(self, rows: list[dict[str, float]]) -> None:
+        """Write those of the rows that are not in the file yet.
+
+        Raises:
+            OSError: if that fails; the next call writes the whole file.
+        """
+        written, self._num_rows = self._num_rows, None
+        if written is None or any(row.keys() - self._columns for row in rows[written:]):
+            self._columns = list(dict.fromkeys(column for row in rows for column in row))
+            text = _as_csv(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
+            write_durably(self.path, lambda file: file.write(text.encode()))
+        else:
+            _append(self.path, _as_csv(self._columns, rows[written:]).encode())
+        self._num_rows = len(rows)
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all of the content, or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _as_csv(columns: list[str], rows: Sequence[Mapping[str, object]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class _LogFile(logging.FileHandler):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batch import call_model, num_samples, outline, prepare_batch, tree_map
 from .errors import ConfigurationError, DataError
-from .loss import check_loss
+from .loss_check import check_loss
 from .stages import refuse_outside_a_stage
 
 if TYPE_CHECKING:

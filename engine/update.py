@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import ConfigurationError, DataError, EngineStateError, did_you_mean
 from .events import GradientsReady, LossReady, UpdateEnd
-from .loss import check_loss
+from .loss_check import check_loss
 from .parameters import parameters_of
 from .renamed import OF_UPDATE, refuse_old_names
 from .window import MAIN, Window, WindowSize

@@ -512,3 +512,43 @@ def test_two_run_directories_are_refused(tmp_path: Path) -> None:
 def test_a_run_directory_that_cannot_be_made_is_refused_where_it_is_written(below_a_file: Path) -> None:
     with refused(ConfigurationError, f"RunDirectory cannot write in {below_a_file}: Not a directory."):
         RunDirectory(below_a_file)
+
+
+def test_rows_are_appended_to_the_history_and_the_file_is_written_again_only_for_a_new_column(tmp_path: Path) -> None:
+    """So that an epoch costs the same however many came before it."""
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run)
+    files: list[int] = []
+
+    def look(event: EpochEnd) -> None:
+        files.append((run.path / "history.csv").stat().st_ino)
+
+    def add(event: StepEnd) -> None:
+        if event.engine.epoch >= 4:
+            event.engine.record(extra=float(event.engine.epoch), weight=1)
+
+    trainer.subscribe(StepEnd, add)
+    trainer.subscribe(EpochEnd, look)
+    history = trainer.fit(TRAIN, epochs=6)
+    assert len(set(files[:3])) == 1
+    assert files[3] != files[2]
+    assert len(set(files[3:])) == 1
+    table = pd.read_csv(run.path / "history.csv")
+    pd.testing.assert_frame_equal(table, history.to_frame(), check_dtype=False)
+
+
+def test_a_resumed_run_continues_the_same_table_without_a_gap_or_a_row_twice(tmp_path: Path) -> None:
+    """The first run wrote two epochs more than its last checkpoint holds."""
+
+    def make() -> Engine:
+        checkpoint = RunCheckpoint(tmp_path / "checkpoints", every_epochs=3)
+        return make_trainer(RunDirectory(tmp_path / "runs", terminal=False), checkpoint)
+
+    first, resumed = make(), make()
+    first.subscribe(EpochEnd, lambda event: 1 / 0, when=at(5))
+    with pytest.raises(ZeroDivisionError):
+        first.fit(TRAIN, epochs=6)
+    resumed.fit(TRAIN, epochs=6, resume="auto")
+    assert resumed.directory == first.directory
+    table = pd.read_csv(Path(str(resumed.directory)) / "history.csv")
+    assert table["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
