@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigurationError, did_you_mean
+from .table import Table, unpack
 
 if TYPE_CHECKING:
     import pandas
@@ -40,6 +41,7 @@ class History(Mapping[str, list[float]]):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
+        self._tables = Table(), Table()
         self.reason = ""
         self.interrupted: signal.Signals | None = None
 
@@ -168,9 +170,10 @@ class History(Mapping[str, list[float]]):
         axes.legend()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return rows and validations as lists of dicts of numbers."""
-        return {"rows": self.rows, "validations": self.validations}
+        """Return rows and validations as tensors, see `Table`."""
+        return {"rows": self._tables[0].pack(self.rows), "validations": self._tables[1].pack(self.validations)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self.rows, self.validations = list(state["rows"]), list(state["validations"])
+        self.rows, self.validations = unpack(state["rows"]), unpack(state["validations"])
+        self._tables = Table(), Table()

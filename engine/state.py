@@ -39,6 +39,7 @@ _RUN = {
     "last_validation": dict,
     "data": (dict, NoneType),
 }
+_TABLE = {"columns": list, "values": torch.Tensor, "present": torch.Tensor}
 SHAPE = {
     "format": int,
     "seed": (int, NoneType),
@@ -49,7 +50,7 @@ SHAPE = {
     "parts": dict,
     "update": dict,
     "train": {"earlier": dict, "meters": dict, "metrics": dict},
-    "history": {"rows": list, "validations": list},
+    "history": {"rows": _TABLE, "validations": _TABLE},
     "callbacks": dict,
     "rng": dict,
 }

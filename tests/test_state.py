@@ -15,6 +15,7 @@ from torch import nn
 from camshaft.callbacks import RunCheckpoint
 from camshaft.engine import Callback, CheckpointError, Engine, EngineStateError, Settled, run_state
 from camshaft.engine.state import SHAPE, named_callbacks
+from camshaft.engine.table import unpack
 
 Keys = tuple[str, ...]
 
@@ -172,7 +173,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     trainer.subscribe(Settled, lambda event: states.append(run_state(trainer)))
     trainer.fit(class_batches(4, 4), epochs=1, resume="auto")  # the run is finished: nothing is left to do
     assert (trainer.epoch, trainer.step, trainer.num_updates) == (1, 2, 2)
-    assert trainer.history.rows == saved["history"]["rows"]
+    assert trainer.history.rows == unpack(saved["history"]["rows"])
     assert torch.equal(trainer.parts["model"].weight, saved["parts"]["model"]["weight"])
     assert states == []
 
