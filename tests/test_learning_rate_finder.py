@@ -41,7 +41,7 @@ def everything(trainer: Engine) -> list[Any]:
         [value.numpy().tobytes() for state in optimizer["state"].values() for value in state.values()],
         optimizer["param_groups"],
         [getattr(trainer, name) for name in counters],
-        [trainer.history.state_dict(), trainer.history.reason],
+        [list(trainer.history.rows), list(trainer.history.validations), trainer.history.reason],
         [
             torch.get_rng_state().tolist(),
             random.getstate(),
