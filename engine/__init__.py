@@ -41,15 +41,16 @@ from .events import (
 from .files import directory_for, ensure_writable, is_plain_name, remove_temporaries, save_together, write_durably
 from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy
+from .meter import AverageMeter
 from .metric import as_metrics
 from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters, weights_of
-from .record import AverageMeter, format_values, scalars
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .stages import NOTHING, CurrentStage
 from .state import run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
+from .values import format_values, scalars
 from .weights import load_weights, unwrap
 from .when import after, at, every, every_seconds, until
 

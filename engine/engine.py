@@ -41,9 +41,9 @@ from .events import (
 from .feed import Feed
 from .history import History
 from .listeners import Listeners, Scope
+from .meter import as_weight
 from .parts import Parts, check_parts
 from .plan import Plan
-from .record import as_weight, prefixed, scalars
 from .renamed import OF_ENGINE, refuse_old_names
 from .rng import preserve_rng, seed_everything
 from .run import NO_RUN, Phase, Run
@@ -52,6 +52,7 @@ from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
 from .state import find_state, load_state
 from .step import Step, StepFunction, StepOutput, as_step
 from .update import Update
+from .values import prefixed, scalars
 
 E = TypeVar("E", bound=Event)
 

@@ -1,11 +1,8 @@
-"""Averages that are right: every value is a (sum, weight) pair, and the sums stay on the device."""
+"""What a stage records: every value is a (sum, weight) pair, and the sums stay on the device."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from numbers import Real
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,83 +10,8 @@ from torch import Tensor
 
 from .batch import tree_map
 from .errors import DataError
+from .meter import AverageMeter, Total, described, widest
 from .metric import ComputedMetric, FunctionMetric, Metric
-
-Total = tuple[float | Tensor, float | Tensor]  # a sum and a count
-
-
-class AverageMeter:
-    """The running average of one value: ``val`` (newest), ``sum``, ``count`` and ``avg``.
-
-    A tensor's sum is kept on its device, in double precision where the device has it; nothing waits for the
-    device until ``avg`` is read.
-
-    Args of `update`: ``val`` is the mean over ``n`` samples, both as a number or a tensor of one element.
-
-    >>> meter = AverageMeter()
-    >>> meter.update(1.0, n=3)
-    >>> meter.update(torch.tensor(5.0), n=1)
-    >>> meter.avg, meter.count
-    (2.0, 4)
-    """
-
-    __slots__ = ("count", "sum", "val")
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.val: float | Tensor = 0.0
-        self.sum: float | Tensor = 0.0
-        self.count: float | Tensor = 0
-
-    def update(self, val: float | Tensor, n: float | Tensor = 1) -> None:
-        """Add ``val``, the mean over ``n`` samples.
-
-        Raises:
-            DataError: if ``val`` is not a real number, or a tensor of more than one element.
-        """
-        if isinstance(val, Tensor):
-            if val.ndim or val.is_complex():
-                val = _only_element(val)
-            val = val.detach()
-        elif type(val) is not float:
-            val = _plain(val)
-        self.val = val
-        if isinstance(n, Tensor):
-            self._add_by_tensor(val, n)
-            return
-        if isinstance(val, Tensor):
-            if not isinstance(self.sum, Tensor):
-                self.sum = _as_tensor(self.sum, val.device)
-            self.sum.add_(val, alpha=n)
-        else:
-            self.sum += val * n
-        self.count += n
-
-    def _add_by_tensor(self, val: float | Tensor, n: Tensor) -> None:
-        """Add ``val`` by a weight that nobody has to wait for; sum and count are on the device from then on."""
-        device = val.device if isinstance(val, Tensor) and val.device.type != "cpu" else n.device
-        weight = _only_element(n.detach()).to(device, _widest(device), non_blocking=True)
-        added = torch.where(weight == 0, 0.0, val * weight)  # the mean of nothing is NaN
-        self.sum = _as_tensor(self.sum, device).add_(added)
-        self.count = _as_tensor(self.count, device).add_(weight)
-
-    def take(self) -> Total:
-        """Return the sum and the count, and begin again at zero; the newest value stays."""
-        taken = self.sum, self.count
-        self.sum, self.count = 0.0, 0
-        return taken
-
-    @property
-    def avg(self) -> float:
-        """The average over all samples, NaN if there are none; reading it waits for the device."""
-        count = float(self.count)
-        return float(self.sum) / count if count else float("nan")
-
-    def __repr__(self) -> str:
-        return f"AverageMeter(avg={self.avg:.6g}, count={self.count})"
 
 
 class Record:
@@ -272,64 +194,9 @@ def _to_host(values: Mapping[Any, Any]) -> dict[Any, Any]:
         else:
             host[name] = float(value)
     for device, names in by_device.items():
-        stacked = torch.stack([values[name].detach().reshape(()).to(_widest(device)) for name in names])
+        stacked = torch.stack([values[name].detach().reshape(()).to(widest(device)) for name in names])
         host.update(zip(names, stacked.tolist(), strict=True))
     return host
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision
-
-
-def _as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return torch.full((), value, dtype=_widest(device), device=device)
-
-
-def _only_element(val: Tensor) -> Tensor:
-    if val.numel() != 1 or val.is_complex():
-        raise DataError(f"An average was given {_described(val)}. Reduce it, as by .mean().")
-    return val.reshape(())
-
-
-def _plain(val: Any) -> float:
-    """Return any real number, such as one of NumPy, as a plain float: a checkpoint can hold it."""
-    try:
-        number = val.item() if hasattr(val, "item") else val
-        if isinstance(number, Real):
-            return float(number)
-    except (ValueError, OverflowError):  # an array of several, or an integer that is too large
-        pass
-    raise DataError(f"An average was given {_described(val)}. Pass a float or a tensor of one element.")
-
-
-def as_weight(weight: object) -> float | Tensor:
-    """Return a stated number of samples: a plain float, or a tensor of one element, which is not looked into.
-
-    Raises:
-        DataError: if it is neither, or negative, NaN or infinite.
-    """
-    if isinstance(weight, Tensor):
-        if weight.numel() != 1 or weight.is_complex():
-            raise DataError(f"weight is {_described(weight)}, but it is one real number. Reduce it: weight.sum().")
-        return weight.reshape(())
-    try:
-        number = _plain(weight)
-    except DataError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise DataError(f"weight is {_described(weight)}, but it counts samples. Pass a finite number of at least 0.")
-    return number
-
-
-def _described(value: object) -> str:
-    """Return a value in words; an integer too large for a float may even be too large to be printed."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype)[6:]} tensor of shape {list(value.shape)}"
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        return "an integer too large for a float"
-    return f"{value!r:.50}"
 
 
 def _check_name(name: object) -> None:
@@ -345,36 +212,7 @@ def _check_name(name: object) -> None:
 
 def _not_a_number(name: str, value: object) -> str:
     if isinstance(value, Tensor) and value.is_complex():
-        return f"{name} is {_described(value)}, which is not a real number. Record a part of it: {name}.abs()."
+        return f"{name} is {described(value)}, which is not a real number. Record a part of it: {name}.abs()."
     if isinstance(value, Tensor):
         return f"{name} has shape {list(value.shape)}, but a recorded value is one number. Reduce it: {name}.mean()."
-    return f"{name} is {_described(value)}, which is not a number. Record a float or a tensor of one element."
-
-
-def prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values under ``<stage>_<name>``.
-
-    >>> prefixed("val", {"loss": 0.5})
-    {'val_loss': 0.5}
-    """
-    return {f"{stage}_{name}": value for name, value in values.items()}
-
-
-def scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return those values that are single numbers: what a history and a log hold."""
-    return {name: value for name, value in values.items() if isinstance(value, float)}
-
-
-def format_values(values: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
-    """Return the scalars as one line for people.
-
-    >>> format_values({"train_loss": 0.12345, "val_acc": 0.5})
-    'train_loss 0.1235  val_acc 0.5000'
-    """
-    chosen = scalars(values) if names is None else {name: values[name] for name in names}
-    return "  ".join(f"{name} {_short(value)}" for name, value in chosen.items())
-
-
-def _short(value: float) -> str:
-    """Four decimals, or four significant digits where those would say nothing."""
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    return f"{name} is {described(value)}, which is not a number. Record a float or a tensor of one element."

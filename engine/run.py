@@ -1,4 +1,7 @@
-"""One run: how far it goes, where it is, and what was decided for it."""
+"""One run: how far it goes, where it is, and what was decided for it.
+
+A little longer than other files, because everything that decides about a run is in this one place.
+"""
 
 from __future__ import annotations
 

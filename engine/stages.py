@@ -11,7 +11,8 @@ from torch import nn
 from .batch import num_samples
 from .errors import ConfigurationError, EngineStateError
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
-from .record import Record, prefixed
+from .record import Record
+from .values import prefixed
 
 
 class Nothing(enum.Enum):

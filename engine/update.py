@@ -8,6 +8,8 @@ GradientsReady        the true gradients: look at them, clip them
 optimizer.step
 UpdateEnd             only if the step was taken: schedules and weight averages go here
 zero_grad(set_to_none=True)
+
+A little longer than other files, because the refusals say what to write for each way to name an optimizer.
 """
 
 from __future__ import annotations

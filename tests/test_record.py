@@ -12,7 +12,8 @@ from torch import Tensor
 
 from camshaft.callbacks import RunCheckpoint
 from camshaft.engine import AverageMeter, DataError, Engine
-from camshaft.engine.record import Record, format_values
+from camshaft.engine.record import Record
+from camshaft.engine.values import format_values
 
 
 def test_an_average_weighs_each_value_by_its_samples() -> None:
