@@ -11,10 +11,7 @@ from types import FrameType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from .workers import kill_workers
-
-# SIGUSR1 is how cluster schedulers warn of what is to come.
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from .workers import HANDLED, kill_workers
 
 # The handlers of runs that have begun and not ended, and those of ended runs that a later run still has as its
 # earlier one, with what was there before them.

@@ -72,7 +72,7 @@ class Update:
         self._gradients_ready = listeners.channel(GradientsReady)
         self._update_end = listeners.channel(UpdateEnd)
         self._size = WindowSize()
-        self._accumulates = False
+        self._accumulates = False  # whether the size is more than a batch: kept, because each step asks
         self._several = False  # whether one was named in this run
         self._num_before = 0  # updates of earlier runs
         self._windows = {MAIN: Window(MAIN)}

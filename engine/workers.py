@@ -16,7 +16,8 @@ from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
-IGNORED_ONCE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The signals that ask a run to end; SIGUSR1 is how cluster schedulers warn of what is to come.
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _patient: dict[int, WeakSet[BaseProcess]] = {}  # by the process that started them: a forked child inherits this
 
@@ -59,7 +60,7 @@ def _be_patient(init: Callable[[int], None] | None, worker: int) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    for name in IGNORED_ONCE:
+    for name in HANDLED:
         signal.signal(name, handle)
     if init is not None:
         init(worker)

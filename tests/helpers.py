@@ -6,6 +6,7 @@ import builtins
 import difflib
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -139,6 +140,25 @@ def struck(strike: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         patch.undo()
+
+
+def kill_before(fatal: int, work: Callable[[], object]) -> None:
+    """Do the work in a child that is killed before its ``fatal``-th call that touches the disk."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def strike(name: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with struck(strike):
+            work()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def run_python(script: str, *arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:

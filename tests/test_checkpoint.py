@@ -6,12 +6,13 @@ import errno
 import os
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import refused, struck
+from helpers import kill_before, refused, struck
 
 from camshaft.engine import CheckpointDirectory, CheckpointError
 from camshaft.engine.checkpoint import check_plain, load_verified
@@ -90,21 +91,7 @@ def test_killed_before_any_call_the_old_or_the_new_loads_and_never_neither(tmp_p
         path = tmp_path / str(fatal)
         path.mkdir()
         store(path, 1)
-        child = os.fork()
-        if child == 0:
-            calls = 0
-
-            def strike(name: str, fatal: int = fatal) -> None:
-                nonlocal calls
-                calls += 1
-                if calls == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            with struck(strike):
-                store(path, 2)
-            os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        kill_before(fatal, partial(store, path, 2))
         seen.add(newest(path))
         CheckpointDirectory(path).sweep()
         assert not list(path.glob(".*"))

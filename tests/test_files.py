@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import num_calls, pairs, refused, regression, run_python, struck
+from helpers import kill_before, num_calls, pairs, refused, regression, run_python, struck
 
 from camshaft.callbacks import BestCheckpoint, Report, RunDirectory, TensorBoard
 from camshaft.engine import (
@@ -184,21 +183,7 @@ def kill_each(calls: int, directory: Path, work: Callable[[Path], object]) -> It
     for fatal in range(1, calls + 1):
         path = directory / str(fatal)
         path.mkdir()
-        child = os.fork()
-        if child == 0:
-            made = 0
-
-            def strike(name: str, fatal: int = fatal) -> None:
-                nonlocal made
-                made += 1
-                if made == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            with struck(strike):
-                work(path)
-            os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        kill_before(fatal, partial(work, path))
         yield path
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from camshaft.callbacks import RunCheckpoint
 from camshaft.engine import Engine, StepEnd
-from camshaft.engine.signals import HANDLED
+from camshaft.engine.workers import HANDLED
 
 SCRIPT = """
 import sys, time
