@@ -20,6 +20,7 @@ from .data import (
     loader_like,
     num_batches,
     one_pass,
+    repeat,
 )
 from .errors import DataError
 from .rng import generator_states, rng_state, set_generator_states, set_rng_state
@@ -36,19 +37,23 @@ class Feed:
     With a seed, the order is a function of (seed, epoch), and the random numbers of a sample are a function of (seed,
     epoch, position): nothing has to be run again, and the number of workers does not matter.
 
+    The passes of `repeat` are those of what it repeats. They are numbered on from the epoch in which the first one
+    began, and with a seed, pass n is that of epoch n.
+
     Args:
         seed: the engine's seed; None uses the data as they are.
         epoch_length: batches of an epoch, if it is not one pass: then the epochs share one pass, and each continues
             where the one before stopped.
 
     Attributes:
-        data: the present data set; None until one was opened.
+        data: the present data set, without `repeat`; None until one was opened.
         length: its number of batches; None where that is unknown.
     """
 
     def __init__(self, seed: int | None = None, epoch_length: int | None = None) -> None:
         self._seed = seed
         self._epoch_length = epoch_length
+        self._given: Data | None = None
         self.data: Data | None = None
         self.length: int | None = None
         self._seeded: SeededLoader | None = None
@@ -61,14 +66,18 @@ class Feed:
         Raises:
             ConfigurationError, DataError: as `check_data` does, or if it is too short for an epoch.
         """
-        if data is self.data:
+        if data is self._given:
             return
         check_data("train", data)
-        self.data = data
+        self.data = self._given = data
+        while isinstance(self.data, repeat):
+            self.data = self.data.data
         self.length = num_batches(data)
         if self.length is not None and self._epoch_length is not None and self.length < self._epoch_length:
             raise DataError(_too_short(self.length, self._epoch_length, "an epoch"))
-        self._seeded = SeededLoader(data, self._seed) if self._seed is not None and SeededLoader.fits(data) else None
+        self._seeded = None
+        if self._seed is not None and SeededLoader.fits(self.data):
+            self._seeded = SeededLoader(self.data, self._seed)
         self._pass = None
 
     def begin(self, data: Data, epoch: int, step: int) -> Iterator[Any]:
@@ -82,15 +91,30 @@ class Feed:
         self.open(data)
         saved, self._saved = self._saved, None
         if saved is not None and saved["pass"] is not None:
-            self._pass = self._resumed(data, saved["pass"], saved["generators"], step)
-            return self._pass.batches
-        if saved is not None:
-            set_generator_states(data, saved["generators"])
-        if self._pass is None or self._epoch_length is None:
-            rng = rng_state() | {"loader": generator_states(data)}
-            batches = one_pass(data) if self._seeded is None else self._seeded.begin(epoch, skip=0)
-            self._pass = _Pass(epoch, step, rng, batches)
-        return self._pass.batches
+            now = self._pass = self._resumed(saved["pass"], saved["generators"], step)
+        else:
+            if saved is not None:
+                set_generator_states(self.data, saved["generators"])
+            now = self._pass if self._pass is not None and self._epoch_length is not None else self._next(epoch, step)
+        return self._repeated(now, step) if isinstance(data, repeat) else now.batches
+
+    def _next(self, number: int, step: int) -> _Pass:
+        """Begin a pass."""
+        assert self.data is not None
+        rng = rng_state() | {"loader": generator_states(self.data)}
+        batches = one_pass(self.data) if self._seeded is None else self._seeded.begin(number, skip=0)
+        self._pass = _Pass(number, step, rng, batches)
+        return self._pass
+
+    def _repeated(self, now: _Pass, step: int) -> Iterator[Any]:
+        """Yield the batches of a pass and of those after it, without an end."""
+        while True:
+            for batch in now.batches:
+                step += 1
+                yield batch
+            if step == now.first_step:
+                raise DataError(empty_message("repeat(data)", self.data))
+            now = self._next(now.epoch + 1, step)
 
     def end(self, epoch: int, num_steps: int, *, is_complete: bool) -> None:
         """End an epoch: the next one begins a new pass, unless epochs have a set length.
@@ -155,8 +179,9 @@ class Feed:
         """
         self._pass, self._saved = None, state
 
-    def _resumed(self, data: Data, state: dict[str, Any], generators: list[torch.Tensor], step: int) -> _Pass:
-        consumed = state["consumed"]
+    def _resumed(self, state: dict[str, Any], generators: list[torch.Tensor], step: int) -> _Pass:
+        data, consumed = self.data, state["consumed"]
+        assert data is not None
         if self._seeded is not None:
             batches = self._seeded.begin(state["epoch"], skip=consumed)
         elif state["own"] is not None and is_stateful(loader := data):
@@ -186,7 +211,7 @@ class _Pass:
     """One pass over the training data.
 
     Attributes:
-        epoch: the epoch in which it began.
+        epoch: the epoch in which it began; the passes of `repeat` are numbered on from there.
         first_step: the training steps done before its first batch.
         rng: the generators when it began.
         batches: those that are still to come.

@@ -142,7 +142,7 @@ class _SeededDataset(Dataset[Any]):
         try:
             return self._dataset[index]
         except Exception as error:
-            error.add_note(f"While reading sample {index}, at position {position} of epoch {epoch}.")
+            error.add_note(f"While reading sample {index}, at position {position} of pass {epoch}.")
             raise
 
     def _seed_all(self, seed: int) -> None:

@@ -82,6 +82,47 @@ def test_repeat_begins_a_fresh_pass_each_time() -> None:
         repeat([])
 
 
+def test_the_passes_of_repeat_are_seeded_as_those_of_an_epoch_each() -> None:
+    """Whatever the length of the epochs, and whatever else draws random numbers."""
+
+    def read(train: Any, epoch_length: int | None = None, num_draws: int = 0) -> list[list[float]]:
+        seen: list[list[float]] = []
+
+        def step(engine: Engine, batch: Tensor) -> None:
+            seen.append(batch.tolist())
+            torch.rand(num_draws)
+
+        Engine(step, seed=7).fit(train, max_steps=12, epoch_length=epoch_length)
+        return seen
+
+    loader = DataLoader(Doubled(11), 3, shuffle=True)
+    assert read(repeat(loader), 5, num_draws=1) == read(repeat(repeat(loader)), num_draws=2) == read(loader)
+
+
+def test_repeat_without_a_seed_resumes_without_reading_again() -> None:
+    """In its third pass: only what comes after the cut is read, with the random numbers that it would have had."""
+    read: list[int] = []
+
+    class Counted(Doubled):
+        def __getitem__(self, index: int) -> Tensor:
+            read.append(index)
+            return super().__getitem__(index)
+
+    feed, again = Feed(epoch_length=99), Feed(epoch_length=99)
+    data = repeat(DataLoader(Counted(6), 2, shuffle=True, generator=torch.Generator().manual_seed(3)))
+    reading = feed.begin(data, 1, 0)
+    for _ in range(7):
+        next(reading)
+        torch.rand(())  # a training step draws, too
+    state, now = feed.state_dict(7), rng_state()
+    through = [next(reading).tolist() for _ in range(4)]
+    set_rng_state(now)
+    again.load_state_dict(state)
+    read.clear()
+    assert [batch.tolist() for batch in itertools.islice(again.begin(data, 1, 7), 4)] == through
+    assert len(read) == 8
+
+
 class Doubled(Dataset[Tensor]):
     """Reads a sample with random numbers from every generator."""
 
@@ -161,7 +202,7 @@ def test_a_sample_that_raises_says_where_it_stands() -> None:
 
     with pytest.raises(OSError, match="unreadable") as caught:
         read(DataLoader(Broken(4), 2), epoch=3, skip=1)
-    assert caught.value.__notes__ == ["While reading sample 2, at position 2 of epoch 3."]
+    assert caught.value.__notes__ == ["While reading sample 2, at position 2 of pass 3."]
 
 
 def resumed(data: Any, batches: int = 6, cut: int = 4) -> tuple[list[Any], list[Any]]:

@@ -438,17 +438,10 @@ class Reading:
 
 
 def kinds(order: Order, num_generators: int) -> list[Kind]:
-    """What can be resumed exactly.
-
-    Left out, because a resumed run is known to read something else: the generators of a loader that a function
-    returns, or that `repeat` holds, are not saved. And `repeat` is replayed without the training steps in between;
-    those draw from the global generators, too, from which its later passes take their order.
-    """
+    """What can be resumed exactly; a function's loader is not seen, so its generators cannot be saved."""
     if order == "in order":
         return ["loader", "list", "function", "repeat"]
-    if order == "lazy":
-        return ["loader", "function", "repeat"]
-    return ["loader"] if num_generators else ["loader", "function"]
+    return ["loader", "repeat"] if num_generators else ["loader", "function", "repeat"]
 
 
 @st.composite
