@@ -2,6 +2,7 @@
 
 from .best_checkpoint import BestCheckpoint
 from .compile import Compile
+from .distributed import Distributed
 from .early_stopping import EarlyStopping
 from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
@@ -23,6 +24,7 @@ from .warmup import warmup_cosine
 from .weight_average import WeightAverage
 
 __all__ = [
+    "Distributed",
     "Placement",
     "MixedPrecision",
     "Compile",

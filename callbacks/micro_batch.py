@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from camshaft.engine import (
     Callback,
     ConfigurationError,
-    DataError,
     Engine,
     Step,
     SupervisedStep,
+    cut,
     num_samples,
     tree_map,
     whole_number,
@@ -105,21 +104,4 @@ class StepInParts:
 def _split(batch: Any, num_parts: int, total: int) -> list[Any]:
     """Split a batch into parts; a value without one item per sample is passed unchanged to each part."""
     size = -(-total // num_parts)
-    return [_cut(batch, start, start + size, total) for start in range(0, total, size)]
-
-
-def _cut(value: Any, start: int, stop: int, total: int) -> Any:
-    if isinstance(value, dict):
-        return {key: _cut(item, start, stop, total) for key, item in value.items()}
-    if isinstance(value, list) and len(value) == total and not isinstance(value[0], Tensor):
-        return value[start:stop]  # names, or targets of differing sizes: an item per sample
-
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.ndim and len(tensor) == total else tensor
-
-    def cut_object(item: Any) -> Any:
-        if isinstance(item, PackedSequence):
-            raise DataError("MicroBatch cannot divide a PackedSequence. Let the model pack its padded input.")
-        return tree_map(cut, item)
-
-    return tree_map(cut, value, for_objects=cut_object)
+    return [cut(batch, start, start + size, total) for start in range(0, total, size)]

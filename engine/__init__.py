@@ -3,7 +3,7 @@
 The first names are for everybody; those after `CheckpointError` are for authors of handlers, see docs/handlers.md.
 """
 
-from .batch import call_model, first_tensor, move, num_samples, outline, prepare_batch, tree_map
+from .batch import call_model, cut, first_tensor, move, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
 from .checkpoint import CheckpointDirectory, check_plain
 from .data import Data, check_data, one_pass, repeat
@@ -44,6 +44,7 @@ from .losses import FocalLoss, SymmetricCrossEntropy
 from .meter import AverageMeter
 from .metric import as_metrics
 from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters, weights_of
+from .ranks import Ranks, Share, launched_world
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .stages import NOTHING, CurrentStage
@@ -98,6 +99,9 @@ __all__ = [
     "is_number",
     "whole_number",
     "can_take",
+    "Ranks",
+    "Share",
+    "launched_world",
     "Run",
     "Phase",
     "CurrentStage",
@@ -109,6 +113,7 @@ __all__ = [
     "move",
     "first_tensor",
     "call_model",
+    "cut",
     "outline",
     "Data",
     "check_data",

@@ -120,6 +120,37 @@ def tree_map(function: Callable[[Tensor], Any], value: Any, *, for_objects: Call
     return value
 
 
+def cut(value: Any, start: int, stop: int, total: int) -> Any:
+    """Return some of the samples of a batch; a value without one item per sample is returned unchanged.
+
+    Args:
+        value: the batch, or a part of it.
+        start: the first sample.
+        stop: the one after the last.
+        total: the number of samples in the batch.
+
+    Raises:
+        DataError: for a `PackedSequence`, which cannot be divided.
+
+    >>> cut({"x": torch.arange(4), "names": ["a", "b", "c", "d"], "weight": 0.5}, 1, 3, 4)
+    {'x': tensor([1, 2]), 'names': ['b', 'c'], 'weight': 0.5}
+    """
+    if isinstance(value, dict):
+        return {key: cut(item, start, stop, total) for key, item in value.items()}
+    if isinstance(value, list) and len(value) == total and not isinstance(value[0], Tensor):
+        return value[start:stop]  # names, or targets of differing sizes: an item per sample
+
+    def cut_tensor(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.ndim and len(tensor) == total else tensor
+
+    def cut_object(item: Any) -> Any:
+        if isinstance(item, PackedSequence):
+            raise DataError("A PackedSequence cannot be divided. Let the model pack its padded input.")
+        return tree_map(cut_tensor, item)
+
+    return tree_map(cut_tensor, value, for_objects=cut_object)
+
+
 def _mapping_like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
     """Return a mapping of the same type with these items, or the items where none can be built."""
     try:

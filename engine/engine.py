@@ -23,6 +23,7 @@ from .batch import call_model, concatenate, tree_map
 from .callback import Callback, check_callbacks
 from .data import Data, check_data, empty_message, num_batches, one_pass
 from .dispatch import Subscription
+from .divided import Division, take_shares
 from .errors import ConfigurationError, DataError, EngineStateError, whole_number
 from .events import (
     BatchReady,
@@ -44,6 +45,7 @@ from .listeners import Listeners, Scope
 from .meter import as_weight
 from .parts import Parts, check_parts
 from .plan import Plan
+from .ranks import Ranks, check_joined
 from .renamed import OF_ENGINE, refuse_old_names
 from .rng import preserve_rng, seed_everything
 from .run import NO_RUN, Phase, Run
@@ -87,6 +89,7 @@ class Engine:
         update: ``engine.update(loss)``, an `Update`.
         stepper: what is done with a batch, a `Step`; None in the script style.
         listeners: who hears the events, a `Listeners`.
+        ranks: the processes that train together, a `Ranks`.
         seed: as given.
 
     >>> engine = Engine(lambda engine, batch: {"loss": batch.mean()})
@@ -111,11 +114,13 @@ class Engine:
         check_parts(parts, ("step", "callbacks", "seed"))
         self.parts = Parts(parts)
         self.history = History()
-        self.stages = Stages()
+        self.ranks = Ranks()
+        self.stages = Stages(self.ranks)
         self.current = CurrentStage()
         self.run: Run = NO_RUN
         self.listeners = Listeners(self)
-        self.update = Update(self.parts, self.listeners, self)
+        self.update = Update(self.parts, self.listeners, self, self.ranks)
+        self._division = Division(self.seed, self.ranks)
         self._batch_ready = self.listeners.channel(BatchReady)
         self._step_end = self.listeners.channel(StepEnd)
         self._settled = self.listeners.channel(Settled)
@@ -182,7 +187,8 @@ class Engine:
         resume: str | Path | None = None,
     ) -> Iterator[int]:
         """Run epochs in your own loop: ``for epoch in engine.epochs(20): ...``; yields the epoch's number."""
-        return self._epochs(Plan(epochs, max_steps, min_epochs), Feed(self.seed), has_validation=None, resume=resume)
+        feed = self._feed(None)
+        return self._epochs(Plan(epochs, max_steps, min_epochs), feed, has_validation=None, resume=resume)
 
     def train(self, data: Data) -> Iterator[Any]:
         """Yield each training batch; the loop body is the training step."""
@@ -257,8 +263,9 @@ class Engine:
             DataError: if a value is not one number, the weight is not a number of samples, or the number of samples
                 cannot be read from the batch.
         """
-        record = self.current.record or refuse_outside_a_stage()
-        record.add(values, self.current.num_samples() if weight is None else as_weight(weight))
+        current = self.current
+        record = current.record or refuse_outside_a_stage()
+        record.add(values, current.num_samples() if weight is None or current.is_stand_in else as_weight(weight))
 
     def measure(self, output: Any, target: Any, *, weight: float | Tensor | None = None) -> None:
         """Give one batch's output and target to every metric of the present stage.
@@ -269,7 +276,9 @@ class Engine:
         current = self.current
         record = current.record or refuse_outside_a_stage()
         current.output, current.target = output, target
-        record.measure(output, target, current.num_samples() if weight is None else as_weight(weight))
+        if weight is None or current.is_stand_in:
+            weight = current.num_samples()
+        record.measure(output, target, as_weight(weight))
 
     def stop(self, reason: str) -> bool:
         """End the run after this step (or epoch, or validation); ``history.reason`` will say why.
@@ -310,8 +319,12 @@ class Engine:
         with self._evaluating("predict", data):
             for batch in self._evaluation_batches("data", data):
                 with self.scope("forward"):
-                    outputs.append(tree_map(Tensor.cpu, call_model(self.parts["model"], step.inputs(batch))))
-        return concatenate(outputs)
+                    output = call_model(self.parts["model"], step.inputs(batch))
+                outputs.append(None if self.current.is_stand_in else tree_map(Tensor.cpu, output))
+        everywhere = zip(
+            *self.ranks.gather(outputs), strict=True
+        )  # the parts of each batch, in the order of the ranks
+        return concatenate([output for parts in everywhere for output in parts if output is not None])
 
     @contextmanager
     def _evaluating(self, name: str, data: Data) -> Iterator[CurrentStage]:
@@ -332,7 +345,7 @@ class Engine:
                 self.validation_step = outer_step
 
     def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
-        batches, current = one_pass(data), self.current
+        batches, current = self._read(name, data), self.current
         while True:
             try:
                 batch = next(batches)
@@ -348,6 +361,12 @@ class Engine:
             yield batch
         if not self.validation_step:
             raise DataError(empty_message(name, data))
+
+    def _read(self, name: str, data: Data) -> Iterator[Any]:
+        """Return the batches of an evaluation, of which each of several ranks reads its part."""
+        if not self.ranks.several:
+            return one_pass(data)
+        return take_shares(self._division.of(name, data).begin(0, skip=0), self)
 
     def _validate(self, val: Data | None) -> None:
         if val is not None:
@@ -369,6 +388,7 @@ class Engine:
         """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
         if self.run is not NO_RUN:
             raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
+        check_joined(self.ranks)
         found = None if resume is None else find_state(self, resume)
         run = self._begin_run(plan, feed, has_validation, is_resuming=resume is not None)
         try:
@@ -392,19 +412,26 @@ class Engine:
                     raise
                 self._end_run(run)
         finally:
+            run.close()
             self.run, self.current = NO_RUN, CurrentStage()
 
     def _begin_run(self, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool) -> Run:
         if self.epoch:
             logger.info("Continuing from epoch %d, step %d.", self.epoch, self.step)
         elif self.seed is not None:
-            seed_everything(self.seed)
+            seed_everything(self.ranks.seed(self.seed))
         self.num_fits += 1
         self.history.reason, self.history.interrupted = "", None
         self.listeners.rewind()
         self.update.begin_run()
         self.run = Run(
-            plan, feed, epoch=self.epoch, step=self.step, has_validation=has_validation, is_resuming=is_resuming
+            plan,
+            feed,
+            self.ranks,
+            epoch=self.epoch,
+            step=self.step,
+            has_validation=has_validation,
+            is_resuming=is_resuming,
         )
         return self.run
 
@@ -438,7 +465,7 @@ class Engine:
         batches = run.feed.begin(data, self.epoch, self.step)
         run.epoch_length = run.plan.epoch_length or run.feed.length
         run.settle(self.epoch, self.step)
-        return batches
+        return take_shares(batches, self) if self.ranks.several else batches
 
     def _end_step(self, run: Run) -> None:
         """Announce the end of the present step, if that was not done."""
@@ -484,6 +511,7 @@ class Engine:
         self.history.interrupted = run.interrupted
         if error is not None and not isinstance(error, GeneratorExit):
             error.add_note(f"At step {self.step}, batch {self.epoch_step} of epoch {self.epoch}.")
+            run.fail(error)
             if "DataLoader worker" in str(error):  # torch interrupts whatever runs when one of its workers has died
                 error.add_note(
                     "A loader's worker died. Look for a lack of memory or shared memory; try num_workers=0."
@@ -506,11 +534,16 @@ class Engine:
 
     def _expect(self, plan: Plan, train: Data, val: Data | None) -> tuple[Feed, Callable[[Any], StepOutput]]:
         """Refuse what a fit could not run with, before it begins; return its feed, and what trains on a batch."""
-        step, feed = self._require_step(), Feed(self.seed, plan.epoch_length)
+        step, feed = self._require_step(), self._feed(plan.epoch_length)
         feed.open(train)
         if val is not None:
             check_data("val", val)
+            if self.ranks.several:
+                self._division.of("val", val)
         return feed, partial(step.train, self)
+
+    def _feed(self, epoch_length: int | None) -> Feed:
+        return Feed(self.seed, epoch_length, self._division if self.ranks.several else None)
 
     def _require_step(self) -> Step:
         if self.stepper is None:

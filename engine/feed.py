@@ -22,6 +22,7 @@ from .data import (
     one_pass,
     repeat,
 )
+from .divided import Divided, Division
 from .errors import DataError
 from .rng import generator_states, rng_state, set_generator_states, set_rng_state
 from .seeded import SeededLoader
@@ -44,19 +45,23 @@ class Feed:
         seed: the engine's seed; None uses the data as they are.
         epoch_length: batches of an epoch, if it is not one pass: then the epochs share one pass, and each continues
             where the one before stopped.
+        division: how the data are divided among several ranks; then each batch comes with this rank's share of it.
 
     Attributes:
         data: the present data set, without `repeat`; None until one was opened.
         length: its number of batches; None where that is unknown.
     """
 
-    def __init__(self, seed: int | None = None, epoch_length: int | None = None) -> None:
+    def __init__(
+        self, seed: int | None = None, epoch_length: int | None = None, division: Division | None = None
+    ) -> None:
         self._seed = seed
+        self._division = division
         self._epoch_length = epoch_length
         self._given: Data | None = None
         self.data: Data | None = None
         self.length: int | None = None
-        self._seeded: SeededLoader | None = None
+        self._seeded: SeededLoader | Divided | None = None
         self._pass: _Pass | None = None
         self._saved: dict[str, Any] | None = None  # a checkpoint's position, until an epoch begins there
 
@@ -76,7 +81,9 @@ class Feed:
         if self.length is not None and self._epoch_length is not None and self.length < self._epoch_length:
             raise DataError(_too_short(self.length, self._epoch_length, "an epoch"))
         self._seeded = None
-        if self._seed is not None and SeededLoader.fits(self.data):
+        if self._division is not None:
+            self._seeded = self._division.of("train", self.data)
+        elif self._seed is not None and SeededLoader.fits(self.data):
             self._seeded = SeededLoader(self.data, self._seed)
         self._pass = None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import first_tensor, tree_map
-from .errors import ConfigurationError, DataError, can_take, did_you_mean
+from .errors import CheckpointError, ConfigurationError, DataError, can_take, did_you_mean
 
 FunctionMetric = Callable[[Any, Any], Tensor | float]
 MetricName = str | tuple[str, ...]
@@ -39,6 +39,8 @@ class ComputedMetric:
         """Return an independent copy with nothing in it."""
         # torchmetrics' own clone() is a deep copy, too.
         clone = ComputedMetric(self.name, copy.deepcopy(self.metric))
+        for one in clone._torchmetrics() if self.is_torchmetrics else ():
+            one.distributed_available_fn = _never  # the ranks are put together here, in one transfer for all metrics
         clone.reset()
         return clone
 
@@ -93,6 +95,49 @@ class ComputedMetric:
             return {f"{name}_{key}": _as_value(f"{name}_{key}", item) for key, item in value.items()}
         return {name: _as_value(name, value)}
 
+    def compute_together(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what `compute` does over the batches of all ranks.
+
+        Args:
+            states: what `state_dict` returned on each rank, in their order; empty in one process.
+        """
+        if not states or not any(state["updated"] for state in states):
+            return self.compute()
+        own, device = self.state_dict(), self._at or torch.device("cpu")
+        if self.is_torchmetrics:
+            self.load_state_dict(self.merged(states), device)
+        self._updated = True  # an ignite metric puts the ranks together itself, so that all of them must compute it
+        computed = self.compute()
+        if self.is_torchmetrics:
+            self.load_state_dict(own, device)
+        self._updated = own["updated"]
+        return computed
+
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state of a metric that has seen what several have, in their order.
+
+        Raises:
+            CheckpointError: for an ignite metric that has seen something, which cannot be put together this way.
+        """
+        everywhere = [state["states"] for state in states]
+        if not self.is_torchmetrics:
+            if any(everywhere):
+                raise CheckpointError(
+                    f"The ignite metric {self.name!r} was saved in the middle of an epoch on {len(states)} ranks, and "
+                    "cannot be put together for another number. Resume on as many ranks."
+                )
+            return states[0]
+        return {
+            "updated": any(state["updated"] for state in states),
+            "states": [
+                {
+                    name: _put_together([one[number][name] for one in everywhere], metric._reductions[name])
+                    for name in metric._defaults
+                }
+                for number, metric in enumerate(self._torchmetrics())
+            ],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the batches so far have left in the metric."""
         if not self.is_torchmetrics:
@@ -113,11 +158,24 @@ class ComputedMetric:
             for name, value in saved.items():
                 setattr(one, name, value)
             one._update_count = int(self._updated)  # or compute() would warn that nothing was seen
+            one._computed = None  # what it has computed of other states
 
     def _torchmetrics(self) -> list[Any]:
         """Return the single metric, or those of a collection, each followed by those that it wraps."""
         outer = self.metric.values() if isinstance(self.metric, Mapping | torch.nn.ModuleDict) else [self.metric]
         return [inner for one in outer for inner in one.modules() if _comes_from("torchmetrics", inner)]
+
+
+def _never() -> bool:
+    return False
+
+
+def _put_together(values: list[Any], reduction: Callable[[Any], Any] | None) -> Any:
+    """Return one state of a torchmetrics metric from those of all ranks, as torchmetrics does between processes."""
+    if isinstance(values[0], list):
+        return [item for items in values for item in items]
+    stacked = torch.stack([value.cpu() for value in values])
+    return stacked if reduction is None else reduction(stacked)
 
 
 Metric = FunctionMetric | ComputedMetric

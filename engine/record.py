@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from .batch import tree_map
 from .errors import DataError
-from .meter import AverageMeter, Total, described, widest
+from .meter import AverageMeter, Total, as_tensor, described, widest
 from .metric import ComputedMetric, FunctionMetric, Metric
+from .ranks import Ranks
 
 
 class Record:
@@ -19,9 +21,11 @@ class Record:
 
     Args:
         metrics: the stage's own metrics by name; they are updated by `measure`.
+        ranks: over which averages and metrics are put together when they are computed.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric] | None = None) -> None:
+    def __init__(self, metrics: Mapping[str, Metric] | None = None, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self.meters: dict[str, AverageMeter] = {}
         self.computed: dict[str, ComputedMetric] = {}
         self.functions: dict[str, FunctionMetric] = {}
@@ -49,13 +53,21 @@ class Record:
             DataError: naming the value, if it is neither a number nor a tensor of one element, or its name is taken.
         """
         if not isinstance(weight, Tensor) and not weight:
-            return  # the mean of nothing, which is NaN
+            self.expect(values)  # the mean of nothing, which is NaN
+            return
         for name, value in values.items():
             if name not in self.meters:
                 _check_name(name)
             if name in self.computed or name in self.functions:
                 raise DataError(f'A value named "{name}" was recorded, which is a metric\'s. Give it another name.')
             self.accumulate(name, value, weight)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Know that there are values of these names, although there are none here: other ranks may have some."""
+        for name in names:
+            if name not in self.meters:
+                _check_name(name)
+                self.meters[name] = AverageMeter()
 
     def accumulate(self, name: str, value: float | Tensor, weight: float | Tensor) -> None:
         """Add one value whose name is known to be free."""
@@ -70,6 +82,7 @@ class Record:
     def measure(self, output: Any, target: Any, weight: float | Tensor) -> None:
         """Update every metric with one batch, unless ``weight`` is 0; no gradients are recorded."""
         if not isinstance(weight, Tensor) and not weight:
+            self.expect(self.functions)
             return
         if self.functions:
             with torch.no_grad():
@@ -83,10 +96,11 @@ class Record:
 
         A metric that is not a scalar (a confusion matrix, per-class values) is returned as a tensor on the CPU.
         """
-        totals = {name: self._total(name) for name in self.meters}
+        totals = _summed({name: self._total(name) for name in self.meters}, self._ranks)
         values: dict[str, Any] = {}
+        everywhere = self._metric_states()
         for name, metric in self.computed.items():
-            computed = metric.compute()
+            computed = metric.compute_together([states[name] for states in everywhere])
             if taken := (totals.keys() | values.keys()) & computed.keys():
                 raise DataError(
                     f'The metric "{name}" gives {sorted(taken)}, which exist already. Give it another name.'
@@ -94,14 +108,20 @@ class Record:
             values |= computed
         return _averages(totals, values)
 
+    def _metric_states(self) -> list[dict[str, Any]]:
+        """Return the states of the metrics on every rank; of a single process, nothing is needed."""
+        if not self.computed or not self._ranks.several:
+            return []
+        return self._ranks.gather({name: metric.state_dict() for name, metric in self.computed.items()})
+
     def since_mark(self) -> dict[str, float]:
         """Return the averages of what was added since the last call, in one transfer."""
         added: dict[str, Total] = {}
         for name, meter in self.meters.items():
-            if isinstance(meter.count, Tensor) or meter.count:
+            if self._ranks.several or isinstance(meter.count, Tensor) or meter.count:
                 self._earlier[name] = self._total(name)
                 added[name] = meter.take()  # so that a NaN of this stretch is not one of the next
-        return _averages(added)
+        return _averages(_summed(added, self._ranks))
 
     def _total(self, name: str) -> Total:
         """Return the sum and the count of a value since the stage began."""
@@ -117,6 +137,15 @@ class Record:
             "earlier": dict(self._earlier),
             "meters": {name: [meter.val, meter.sum, meter.count] for name, meter in self.meters.items()},
             "metrics": {name: metric.state_dict() for name, metric in self.computed.items()},
+        }
+
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state of a record that has seen what those of several ranks have."""
+        metrics = [state["metrics"] for state in states]
+        return {
+            "earlier": _added([state["earlier"] for state in states]),
+            "meters": _added([state["meters"] for state in states]),
+            "metrics": {name: metric.merged([one[name] for one in metrics]) for name, metric in self.computed.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
@@ -142,6 +171,48 @@ class Record:
             self._arrived = self._arriving.averages()
             self._arriving = None
         return self._arrived
+
+
+def _added(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return, by name, the newest value of the first rank, if there is one, and the sums of the sums and counts."""
+    added: dict[str, Any] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        entries = [state[name] for state in states if name in state]
+        sums = [sum(entry[at] for entry in entries) for at in (-2, -1)]
+        added[name] = [*entries[0][:-2], *sums]
+    return added
+
+
+def _summed(totals: dict[str, Total], ranks: Ranks) -> dict[str, Total]:
+    """Return the sums and counts of all ranks, in one transfer.
+
+    Raises:
+        DataError: if the ranks have not recorded the same names.
+    """
+    if not ranks.several:
+        return totals
+    names = sorted(totals)
+    pairs = [value for name in names for value in totals[name]]
+    mark = zlib.crc32("\n".join(names).encode()) & 0xFFFFF  # 20 bits: its square and a sum of those are exact
+    sent = _packed([float(mark), float(mark) ** 2, *pairs])
+    received = ranks.sum(sent).tolist()
+    if received[1] * ranks.world != received[0] ** 2:  # equal only if all marks are equal
+        all_names = [set(one) for one in ranks.gather(names)]
+        odd = sorted(all_names[0].union(*all_names) - all_names[0].intersection(*all_names))
+        raise DataError(
+            f"Not all ranks have recorded the same values: {', '.join(odd)}. "
+            "Record every value on every rank, with weight=0 where there is nothing to add."
+        )
+    places = {name: 2 + 2 * at for at, name in enumerate(names)}
+    return {name: (received[places[name]], received[places[name] + 1]) for name in totals}
+
+
+def _packed(values: list[float | Tensor]) -> Tensor:
+    """Return the values as one tensor, as long as those of any rank that recorded a few names more or fewer."""
+    device = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+    tensors = [as_tensor(value, device).reshape(()).to(widest(device)) for value in values]
+    length = max(256, 1 << (len(tensors) - 1).bit_length())
+    return torch.stack(tensors + [torch.zeros_like(tensors[0])] * (length - len(tensors)))
 
 
 class _Arriving:

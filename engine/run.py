@@ -9,11 +9,14 @@ import enum
 import logging
 import math
 import signal
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast
 
-from .errors import EngineStateError
+from .agreement import Agreement
+from .errors import CamshaftError, EngineStateError
 from .feed import Feed
 from .plan import Plan
+from .ranks import Ranks
 from .record import Record
 from .stages import CurrentStage
 from .when import NEVER
@@ -31,6 +34,15 @@ class Phase(enum.IntEnum):
     ENDING = 4  # only the epoch's end is still to be announced
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a handler or a signal decides for a run: its end, for a reason; its interruption; or a checkpoint."""
+
+    stop: str | None = None
+    interrupt: signal.Signals | None = None
+    save: bool = False
+
+
 class Run:
     """A run from its start to its end; each `fit` makes a new one.
 
@@ -41,6 +53,7 @@ class Run:
         plan: what was asked for.
         epoch, step: the engine's counters when the run begins.
         feed: its training data.
+        ranks: the processes that make the run together.
         has_validation: whether there are validation data; None where that is unknown (script style).
         is_resuming: whether the run was asked to resume an earlier one.
 
@@ -63,18 +76,28 @@ class Run:
     """
 
     __slots__ = (
-        "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated", "_num_validations_to_skip",
-        "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step", "ends_epoch", "epoch_length",
+        "_agreement", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
+        "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step", "ends_epoch", "epoch_length",
         "feed", "first_epoch", "first_step", "has_validation", "interrupted", "is_over", "is_resuming", "last_epoch",
-        "last_step", "last_validation", "phase", "plan", "save_is_due", "step_before_epoch", "stop_reason",
+        "last_step", "last_validation", "phase", "plan", "ranks", "save_is_due", "step_before_epoch", "stop_reason",
         "training_stage", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
-        self, plan: Plan, feed: Feed, *, epoch: int, step: int, has_validation: bool | None, is_resuming: bool
+        self,
+        plan: Plan,
+        feed: Feed,
+        ranks: Ranks,
+        *,
+        epoch: int,
+        step: int,
+        has_validation: bool | None,
+        is_resuming: bool,
     ) -> None:
         self.plan = plan
         self.feed = feed
+        self.ranks = ranks
+        self._agreement = Agreement[Decision](ranks) if ranks.several else None
         self.has_validation = has_validation
         self.is_resuming = is_resuming
         self.first_epoch, self.first_step = epoch, step
@@ -109,18 +132,37 @@ class Run:
             logger.info("Training continues until min_epochs=%d, although a stop was asked for: %s",
                         self.plan.min_epochs, reason)  # fmt: skip
             return False
-        self.stop_reason = self.stop_reason or reason
-        self.due, self.ends_epoch = 0, True
+        self._decide(Decision(stop=reason))
         return True
 
     def interrupt(self, signal: signal.Signals) -> None:
         """Stop after the current step and leave the epoch open, so that a checkpoint can resume it."""
-        self.interrupted = signal
-        self.due, self.ends_epoch = 0, True
+        self._decide(Decision(interrupt=signal))
 
     def save(self) -> None:
         """Ask for a checkpoint as soon as the present step has settled."""
-        self._save_was_asked = True
+        self._decide(Decision(save=True))
+
+    def _decide(self, decision: Decision) -> None:
+        """Take a decision over at once, or on several ranks, when all of them meet."""
+        if self._agreement is None:
+            self._take_over(decision)
+        else:
+            self._agreement.ask_for(decision)
+
+    def _take_over(self, decision: Decision) -> None:
+        """Let a decision take effect when the step settles.
+
+        A signal may come within this, so nothing is written but what was decided.
+        """
+        if decision.interrupt is not None:
+            self.interrupted = self.interrupted or decision.interrupt
+        if decision.stop is not None:
+            self.stop_reason = self.stop_reason or decision.stop
+        if decision.save:
+            self._save_was_asked = True
+        else:
+            self.ends_epoch = True
         self.due = 0
 
     def skip_update(self) -> None:
@@ -139,13 +181,15 @@ class Run:
         """Settle what was asked for up to ``step``, and return whether the run is over.
 
         Everything that handlers and signals decide for the run takes effect here: at the end of a step, at the end of
-        an epoch and before the first step. This is where several ranks can agree.
+        an epoch and before the first step. On several ranks, it takes effect at the same step of each.
 
         Args:
             epoch: the engine's counter.
             step: the engine's counter.
             is_announced: whether `Settled` is announced next. A checkpoint that was asked for becomes due only then.
         """
+        if self._agreement is not None:
+            self._take_over_all(self._agreement)
         if self.stop_reason is not None:
             self.last_step = min(self.last_step, step)
         if is_announced:
@@ -154,9 +198,16 @@ class Run:
         self.ends_epoch = self.stop_reason is not None or step >= self.epoch_goal
         if self.interrupted is not None:  # looked at last, because a signal may come at any moment
             self.due, self.ends_epoch = 0, True
+        if self._agreement is not None:
+            self.due = 0  # each settling is a checkpoint of the agreement, so none is left out
         goes_on = epoch < self.last_epoch and step < self.last_step
         self.is_over = self.interrupted is not None or (self.phase is Phase.BETWEEN and not goes_on)
         return self.is_over
+
+    def _take_over_all(self, agreement: Agreement[Decision]) -> None:
+        """Take over what all ranks have asked for, if they meet here."""
+        for decision in agreement.decisions_here():
+            self._take_over(decision)
 
     def begin_update(self) -> None:
         """Let handlers decide about the update that is about to be made."""
@@ -230,6 +281,8 @@ class Run:
         A validation within a step of the user's own loop does not: it could not be made again, because its step is not
         repeated.
         """
+        if self._agreement is not None:
+            self._take_over_all(self._agreement)
         is_repeatable = self.has_validation is not None or not self._validates_in_step
         return self.interrupted is not None and is_repeatable
 
@@ -262,6 +315,22 @@ class Run:
         is_whole_epoch = step - self.step_before_epoch == self.epoch_length
         by_steps = step >= self.last_step and not (epoch >= self.last_epoch and is_whole_epoch)
         return self.stop_reason or self.plan.goal(by_steps=by_steps)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one ends with an error; or add to the error which of them failed before."""
+        if self._agreement is None:
+            return
+        may_be_theirs = isinstance(error, RuntimeError) and not isinstance(error, CamshaftError)
+        failure = self._agreement.failure(looks_for_life=may_be_theirs)
+        if failure is None:
+            self._agreement.announce(f"{type(error).__name__}: {error}")
+        else:
+            error.add_note(f"{failure} This is rank {self.ranks.rank}, which cannot continue alone.")
+
+    def close(self) -> None:
+        """End what the run has needed beside its loop."""
+        if self._agreement is not None:
+            self._agreement.close()
 
     # Its state ---------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
@@ -13,17 +14,28 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 
 from .batch import tree_map
 from .data import has_positions, loader_like, one_pass
+from .ranks import Ranks, Share
 from .rng import generator_states, mix, preserve_rng, seed_everything, set_generator_states
 
 logger = logging.getLogger("camshaft")
 
 
 class SeededLoader:
-    """A map-style DataLoader whose order and augmentation depend on (seed, epoch, position) alone."""
+    """A map-style DataLoader whose order and augmentation depend on (seed, epoch, position) alone.
 
-    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+    Args:
+        loader: the loader.
+        seed: the seed.
+        ranks: of which each reads its part of every batch.
+
+    Attributes:
+        shares: what this rank has of each batch that was asked for and has not come yet, if there are several ranks.
+    """
+
+    def __init__(self, loader: DataLoader[Any], seed: int, ranks: Ranks | None = None) -> None:
         self._is_checked = False
-        self._batches = _PositionedBatches(loader, seed)
+        self.shares: deque[Share] = deque()
+        self._batches = _PositionedBatches(loader, seed, ranks or Ranks(), self.shares)
         self._dataset = _SeededDataset(loader.dataset, seed)
         self._loader = loader_like(
             loader,
@@ -38,6 +50,7 @@ class SeededLoader:
         if not self._is_checked:
             self._is_checked = True
             self._check_repeats()
+        self.shares.clear()
         self._batches.epoch, self._batches.skip = epoch, skip
         return one_pass(self._loader)
 
@@ -62,9 +75,11 @@ class SeededLoader:
 class _PositionedBatches:
     """A batch sampler whose lists begin with the tag (epoch, position of the first sample)."""
 
-    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], seed: int, ranks: Ranks, shares: deque[Share]) -> None:
         self._loader = loader
         self._seed = seed
+        self._ranks = ranks
+        self._shares = shares
         self.epoch = 1
         self.skip = 0
 
@@ -72,6 +87,16 @@ class _PositionedBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[Any]]:
+        return self._divided() if self._ranks.several else self._whole()
+
+    def _divided(self) -> Iterator[list[Any]]:
+        """Yield this rank's part of each list; the first sample stands in for none."""
+        for (epoch, position), *indices in self._whole():
+            begin, end = self._ranks.part(len(indices))
+            self._shares.append(Share(end - begin, len(indices)))
+            yield [(epoch, position + begin), *(indices[begin:end] or indices[:1])]
+
+    def _whole(self) -> Iterator[list[Any]]:
         epoch, skip = self.epoch, self.skip
         if type(self._loader.sampler) not in (RandomSampler, SequentialSampler) or not self._plain_batches():
             yield from self._foreign(epoch, skip)

@@ -11,6 +11,7 @@ from torch import nn
 from .batch import num_samples
 from .errors import ConfigurationError, EngineStateError
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
+from .ranks import Ranks, Share
 from .record import Record
 from .values import prefixed
 
@@ -34,9 +35,11 @@ class CurrentStage:
         batch: the present batch.
         output: what the step gave to ``engine.measure`` for the batch, or else returned.
         target: what the step gave to ``engine.measure`` beside the output; `NOTHING` if it measured nothing.
+        share: what this rank has of the batch; None in one process.
+        is_stand_in: whether the batch only stands in for none, because this rank has no part of the whole.
     """
 
-    __slots__ = ("batch", "length", "name", "output", "record", "target")
+    __slots__ = ("batch", "is_stand_in", "length", "name", "output", "record", "share", "target")
 
     def __init__(self, name: str = "", record: Record | None = None, length: int | None = None) -> None:
         self.name = name
@@ -45,10 +48,12 @@ class CurrentStage:
         self.batch: Any = None
         self.output: Any = None
         self.target: Any = NOTHING
+        self.share: Share | None = None
+        self.is_stand_in = False
 
     def num_samples(self) -> int:
-        """Return the number of samples in the present batch."""
-        return num_samples(self.batch)
+        """Return the number of samples in the present batch; 0 for a stand-in."""
+        return 0 if self.is_stand_in else num_samples(self.batch)
 
     def peek(self) -> dict[str, float]:
         """Return the newest averages that have reached the host, without waiting for the device."""
@@ -65,7 +70,8 @@ def refuse_outside_a_stage() -> NoReturn:
 class Stages:
     """The records of the stages ("train", "val", "test"), and the metrics of which each has its own copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self.directions: dict[str, bool | None] = {}
         self._metrics: dict[str, Metric] = {}
         self._only_evaluated: set[str] = set()
@@ -99,7 +105,7 @@ class Stages:
     def __getitem__(self, stage: str) -> Record:
         """Return the stage's record, made on first request."""
         if stage not in self._records:
-            self._records[stage] = Record(self._measured(stage))
+            self._records[stage] = Record(self._measured(stage), self._ranks)
         return self._records[stage]
 
     def expected(self, *, has_validation: bool | None) -> list[str]:

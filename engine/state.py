@@ -15,7 +15,8 @@ from torch import nn
 from .callback import Callback
 from .checkpoint import CheckpointDirectory, check_plain, load_verified
 from .errors import CamshaftError, CheckpointError, ConfigurationError
-from .rng import SEED_VERSION, rng_state, set_rng_state
+from .record import Record
+from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
 from .weights import unwrap, weight_differences
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("camshaft")
 
-FORMAT = 3
+FORMAT = 4
 # The types in a state, by key: what is loaded into our own objects is checked for them before anything is loaded.
 _COUNTERS = {"epoch": int, "step": int, "num_validations": int, "num_updates": int, "num_skipped_updates": int}
 _RUN = {
@@ -49,11 +50,11 @@ SHAPE = {
     "run": _RUN,
     "parts": dict,
     "update": dict,
-    "train": {"earlier": dict, "meters": dict, "metrics": dict},
+    "ranks": list,  # of what each rank has of its own
     "history": {"rows": _TABLE, "validations": _TABLE},
     "callbacks": dict,
-    "rng": dict,
 }
+_RANK = {"rng": dict, "train": {"earlier": dict, "meters": dict, "metrics": dict}}
 
 
 def run_state(engine: Engine) -> dict[str, Any]:
@@ -72,10 +73,9 @@ def run_state(engine: Engine) -> dict[str, Any]:
         "run": engine.run.state_dict(engine.step),
         "parts": {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()},
         "update": engine.update.state_dict(),
-        "train": engine.stages["train"].state_dict(),
+        "ranks": engine.ranks.gather({"rng": rng_state(), "train": engine.stages["train"].state_dict()}),
         "history": engine.history.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in named_callbacks(engine.callbacks).items()},
-        "rng": rng_state(),
     }
     check_plain(state, "state")
     return state
@@ -150,14 +150,33 @@ def _load(engine: Engine, state: dict[str, Any]) -> None:
         callbacks[name].load_state_dict(saved[name])
     engine.update.load_state_dict(state["update"])
     record = engine.stages["train"]
-    record.load_state_dict(state["train"], engine.parts.device)
     engine.history.load_state_dict(state["history"])
     if missing := sorted(callbacks.keys() - saved.keys()):
         logger.warning("There is no state of: %s. They start from the beginning.", ", ".join(missing))
     if extra := sorted(saved.keys() - callbacks.keys()):
         logger.warning("There is state of handlers that are not attached now: %s.", ", ".join(extra))
     engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
-    set_rng_state(state["rng"])
+    _load_ranks(engine, state["ranks"], record, state["counters"]["step"])  # random numbers last
+
+
+def _load_ranks(engine: Engine, states: list[dict[str, Any]], record: Record, step: int) -> None:
+    """Load this rank's own state; as many ranks as saved it continue exactly.
+
+    With another number of ranks, the open averages and metrics of all are put together on rank 0, and random numbers
+    of a rank that did not exist begin at what the seed says.
+    """
+    ranks, train = engine.ranks, [one["train"] for one in states]
+    if ranks.world == len(states):
+        record.load_state_dict(train[ranks.rank], engine.parts.device)
+    elif ranks.is_main:
+        record.load_state_dict(record.merged(train), engine.parts.device)
+    else:
+        record.reset()
+        record.expect(train[0]["meters"])
+    if ranks.rank < len(states):
+        set_rng_state(states[ranks.rank]["rng"])
+    else:
+        seed_everything(ranks.seed(engine.seed or 0, step))
 
 
 def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
@@ -178,7 +197,13 @@ def _check_shape(state: object, source: Path) -> None:
             f"{source} has format {state['format']}, and this camshaft reads {FORMAT}. "
             "Use the version of camshaft that wrote it."
         )
-    if problems := _differences(state, SHAPE, "state"):
+    problems = _differences(state, SHAPE, "state")
+    if not problems:
+        ranks = state["ranks"]  # type: ignore[index]  # a dict, as was just seen
+        problems = ["state['ranks'] is empty"] if not ranks else []
+        for number, rank in enumerate(ranks):
+            problems += _differences(rank, _RANK, f"state['ranks'][{number}]")
+    if problems:
         raise CheckpointError(
             f"{source} does not hold what a checkpoint holds: {_first_of(problems)}. "
             "Use another checkpoint; nothing was loaded."

@@ -77,8 +77,9 @@ class SupervisedStep:
     def train(self, engine: Engine, batch: Any, /) -> None:
         """Train on one batch."""
         output, target, loss = self._forward(engine, batch)
-        weight = num_samples(batch)
-        engine.update(loss, weight)
+        current = engine.current
+        weight = 0 if current.is_stand_in else num_samples(batch)
+        engine.update(loss, weight if current.share is None else None)
         self._record(engine, output, target, loss, weight)
 
     def train_in_parts(self, engine: Engine, parts: Sequence[Any], batch_size: int) -> None:
@@ -96,7 +97,7 @@ class SupervisedStep:
         """Evaluate one batch."""
         output, target, loss = self._forward(engine, batch)
         check_loss(loss, engine.parts)
-        self._record(engine, output, target, loss, num_samples(batch))
+        self._record(engine, output, target, loss, 0 if engine.current.is_stand_in else num_samples(batch))
 
     def inputs(self, batch: Any, /) -> Any:
         """Return what ``prepare_batch`` takes for the inputs."""
@@ -141,9 +142,11 @@ class SupervisedStep:
 
     def _record(self, engine: Engine, output: Any, target: Any, loss: Tensor, weight: int) -> None:
         record = engine.current.record or refuse_outside_a_stage()
-        if weight:  # the loss of an empty batch is the mean of nothing, which is NaN
+        if weight:
             record.accumulate("loss", loss, weight)
-            record.measure(output, target, weight)
+        else:  # the loss of an empty batch is the mean of nothing, which is NaN
+            record.expect(("loss",))
+        record.measure(output, target, weight)
 
 
 def _num_required(function: Loss) -> int:

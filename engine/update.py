@@ -24,6 +24,7 @@ from .errors import ConfigurationError, DataError, EngineStateError, did_you_mea
 from .events import GradientsReady, LossReady, UpdateEnd
 from .loss_check import check_loss
 from .parameters import parameters_of
+from .ranks import Ranks, Share
 from .renamed import OF_UPDATE, refuse_old_names
 from .window import MAIN, Window, WindowSize
 
@@ -61,9 +62,11 @@ class Update:
         parts: where the optimizers are found by name.
         listeners: who hears the events.
         progress: the engine's counters and what it is doing now.
+        ranks: those that make each update together.
     """
 
-    def __init__(self, parts: Parts, listeners: Listeners, progress: Progress) -> None:
+    def __init__(self, parts: Parts, listeners: Listeners, progress: Progress, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._parts = parts
         self._progress = progress
         self._engine = listeners.engine  # only to be carried by events
@@ -130,6 +133,8 @@ class Update:
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
             check_loss(loss, self._parts)
         closes = True
+        if progress.current.share is not None:
+            num_samples, batch_size = self._on_all_ranks(progress.current, num_samples, batch_size), None
         if self._accumulates or batch_size is not None:
             num_samples = progress.current.num_samples() if num_samples is None else num_samples
             whole = num_samples if batch_size is None else batch_size
@@ -144,6 +149,37 @@ class Update:
                 scaled.backward()
         if closes:
             self._apply(window)
+
+    def _on_all_ranks(self, stage: CurrentStage, num_samples: float | None, batch_size: float | None) -> float:
+        """Return the number of samples of all ranks, and let this rank's gradients count by its share of them.
+
+        What a loss is the mean of, if it is stated, is summed over the ranks.
+        """
+        share = stage.share
+        assert share is not None
+        if batch_size is not None:
+            raise EngineStateError(
+                "engine.update was given a part of a batch (batch_size), which several ranks cannot take apart. "
+                "Leave batch_size out, and accumulate smaller batches."
+            )
+        if num_samples is None:
+            self._check_share(stage, share)
+            return share.whole
+        here = 0.0 if stage.is_stand_in else float(num_samples)
+        stage.share = Share(here, self._ranks.total(here))
+        return stage.share.whole
+
+    def _check_share(self, stage: CurrentStage, share: Share) -> None:
+        """Refuse a batch that does not hold the samples that were read for it: its share would be wrong."""
+        try:
+            here = stage.num_samples()
+        except DataError:  # then nothing else is known than what was read
+            return
+        if here != share.here:
+            raise DataError(
+                f"The batch of step {self._progress.step} has {here} samples, but {share.here} were read for it. "
+                "State what the loss is the mean of: engine.update(loss, num_samples)."
+            )
 
     def begin_run(self) -> None:
         """Forget what an earlier run has left; loss scalers stay as they are."""

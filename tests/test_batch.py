@@ -246,7 +246,7 @@ def test_a_packed_sequence_is_one_input_with_as_many_samples_as_sequences() -> N
     with refused(DataError, "a PackedSequence of 4", "which cannot be joined"):
         concatenate([packed, packed])
     trainer.attach(MicroBatch(2))
-    with refused(DataError, "MicroBatch cannot divide a PackedSequence"):
+    with refused(DataError, "A PackedSequence cannot be divided"):
         trainer.fit([batch], epochs=1)
 
 

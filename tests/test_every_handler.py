@@ -27,6 +27,7 @@ from camshaft.callbacks import (
     BestCheckpoint,
     ClipGradients,
     Compile,
+    Distributed,
     EarlyStopping,
     FreezeUntil,
     Ignite,
@@ -82,6 +83,7 @@ def make_ignite(directory: Path) -> Ignite:
 
 
 MAKE: dict[str, Callable[[Path], Callback]] = {
+    "Distributed": lambda directory: Distributed(),
     "Placement": lambda directory: Placement("cpu"),
     "MixedPrecision": lambda directory: MixedPrecision("bf16"),
     "Compile": lambda directory: Compile("model", backend="eager"),
@@ -114,8 +116,8 @@ ONLY_WATCHES = {
 CHANGES_TRAINING = {
     "MixedPrecision", "Accumulate", "ClipGradients", "MicroBatch", "Schedule", "Penalty", "FreezeUntil",
 }  # fmt: skip
-# ... though of these nothing shows here: on the CPU, with a compiler that does nothing.
-CHANGES_NOTHING_HERE = {"Placement", "Compile"}
+# ... though of these nothing shows here: on the CPU, in one process, with a compiler that does nothing.
+CHANGES_NOTHING_HERE = {"Distributed", "Placement", "Compile"}
 
 every_handler = pytest.mark.parametrize("name", MAKE)
 

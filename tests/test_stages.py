@@ -25,6 +25,7 @@ from camshaft.engine import (
     ValidationEnd,
     ValidationStepEnd,
 )
+from camshaft.engine.ranks import Ranks
 from camshaft.engine.record import Record
 from camshaft.engine.stages import Stages
 
@@ -35,7 +36,7 @@ def error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def test_each_stage_has_a_record_of_its_own_that_stays_the_same() -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages["train"].add({"loss": 1.0}, 4)
     assert stages["train"].compute() == {"loss": 1.0}
     assert stages["val"].compute() == {}
@@ -44,21 +45,21 @@ def test_each_stage_has_a_record_of_its_own_that_stays_the_same() -> None:
 
 @pytest.mark.parametrize("taken", [{"acc": error}, {("acc", "precision"): MetricCollection([MulticlassAccuracy(3)])}])
 def test_a_metrics_name_is_given_once(taken: dict[Any, Any]) -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages.add_metrics({"acc": error})
     with refused(ConfigurationError, 'Two metrics are named "acc"'):
         stages.add_metrics(taken)
 
 
 def test_a_metric_does_not_take_the_name_of_what_is_declared() -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages.declare("loss", higher_is_better=False)
     with refused(ConfigurationError, 'Two metrics are named "loss"'):
         stages.add_metrics({"loss": error})
 
 
 def test_a_metric_that_training_leaves_out_is_measured_in_validations_and_tests() -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages.add_metrics({"slow": MulticlassAccuracy(3)}, train=False)
     assert {name: list(stages[name].computed) for name in ("train", "val", "test")} == {
         "train": [],
@@ -84,7 +85,7 @@ def test_the_values_of_a_run_are_known_beforehand(has_validation: bool | None, n
 
 
 def test_where_nothing_is_declared_any_value_may_come() -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages.add_metrics({"acc": error})
     assert stages.expected(has_validation=True) == []
     assert stages.may_have("val_zebra", has_validation=True)
@@ -95,14 +96,14 @@ def test_where_nothing_is_declared_any_value_may_come() -> None:
     [("val_loss", True), ("val_both_MulticlassPrecision", True), ("val_both", True), ("val_zebra", False)],
 )
 def test_a_collections_values_may_come_under_its_name(name: str, expected: bool) -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages.declare("loss")
     stages.add_metrics({"both": MetricCollection([MulticlassAccuracy(3), MulticlassPrecision(3)])})
     assert stages.may_have(name, has_validation=True) is expected
 
 
 def test_a_direction_is_stated_by_the_metric_or_by_whoever_declares_the_value() -> None:
-    stages = Stages()
+    stages = Stages(Ranks())
     stages.declare("loss", higher_is_better=False)
     stages.declare("gain", higher_is_better=True)
     stages.add_metrics({"acc": MulticlassAccuracy(3), "error": error})

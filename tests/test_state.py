@@ -123,7 +123,7 @@ def assert_refused_as_format(directory: Path, value: object) -> None:
     state = saved_state(directory) | {"format": value}
     RunCheckpoint(directory).checkpoints.save(state, 2)
     trainer = trainer_in(directory)
-    with refused(CheckpointError, f"has format {value}, and this camshaft reads {3}."):
+    with refused(CheckpointError, f"has format {value}, and this camshaft reads {4}."):
         trainer.fit(class_batches(4, 4), epochs=2, resume="auto")
     assert trainer.step == 0
 

@@ -1,0 +1,241 @@
+"""One model trained by several processes."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    DataError,
+    Engine,
+    FitStart,
+    GradientsReady,
+    launched_world,
+    parameters_of,
+)
+
+logger = logging.getLogger("camshaft")
+
+
+class Distributed(Callback):
+    """Trains on as many processes as torchrun has started; with one process it does nothing.
+
+    ``torchrun --nproc-per-node 4 train.py`` runs the same script on four ranks. Each holds the whole model (torch's
+    `DistributedDataParallel`), and reads its part of every batch: ``batch_size`` is that of all ranks together, so
+    that weights, averages and metrics are those of one process, up to rounding. The engine needs a ``seed``.
+
+    A rank's gradients count by its number of samples, also in a short last batch and with an accumulation window. A
+    signal, a stop or a checkpoint on one rank takes effect on all of them, after the same step.
+
+    Args:
+        data: "divided" divides each batch among the ranks; "sharded" says that every rank's data are its own already,
+            and adds up their numbers of samples in each step.
+        batch_norm: "sync" refuses batch normalisation over a rank's own samples, which gives other weights than one
+            process; "local" allows it.
+        find_unused_parameters: as for `DistributedDataParallel`: for models of which a step may leave some out.
+        timeout: seconds after which an operation that all ranks take part in fails.
+
+    Raises:
+        ConfigurationError: when attached to an engine on several ranks, if it is not the first callback, there is no
+            seed, or a batch normalisation is not synchronised.
+        DataError: in a run, if gradients were not added up because the model was not called as a whole.
+    """
+
+    unique = True
+
+    def __init__(
+        self,
+        *,
+        data: Literal["divided", "sharded"] = "divided",
+        batch_norm: Literal["sync", "local"] = "sync",
+        find_unused_parameters: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        if data not in ("divided", "sharded"):
+            raise ConfigurationError(f'Distributed has data={data!r}. Write "divided" or "sharded".')
+        if batch_norm not in ("sync", "local"):
+            raise ConfigurationError(f'Distributed has batch_norm={batch_norm!r}. Write "sync" or "local".')
+        self.data = data
+        self.batch_norm = batch_norm
+        self.find_unused_parameters = find_unused_parameters
+        self.timeout = timeout
+        self._replicas: list[_Replica] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Join the other ranks, and synchronise the gradients of every module that is trained."""
+        super().attach(engine)
+        if launched_world() == 1:
+            return
+        if engine.callbacks:
+            raise ConfigurationError(
+                f"Distributed comes after {engine.callbacks[0]!r}, which knows nothing of the other ranks then. "
+                "Write it first: callbacks=[Distributed(), ...]."
+            )
+        if engine.seed is None:
+            raise ConfigurationError(
+                "Several ranks need a seed, which makes all of them read the data in one order. Write seed=0."
+            )
+        start_group(self.timeout)
+        engine.ranks.join(divides=self.data == "divided")
+        engine.listeners.around("fit", lambda: _together(engine))
+        for name, module in engine.parts.modules().items():
+            self._check_batch_norm(name, module)
+            self._replicate(engine, module)
+        engine.subscribe(GradientsReady, self._check_reduced)
+
+    def _replicate(self, engine: Engine, module: nn.Module) -> None:
+        """Let the gradients of a module be added up; parameters that another module has, too, only once."""
+        taken = {parameter for replica in self._replicas for parameter in replica.parameters}
+        if parameters := [parameter for parameter in module.parameters() if parameter not in taken]:
+            self._replicas.append(_Replica(engine, parameters, self.find_unused_parameters))
+            module.register_forward_hook(self._replicas[-1])
+
+    def _check_reduced(self, event: GradientsReady) -> None:
+        """Refuse an update by gradients that were not added up, because the module was not called as a whole."""
+        own = set(parameters_of(event.optimizer))
+        for replica in self._replicas:
+            if not replica.is_reduced and any(p.grad is not None and p in own for p in replica.parameters):
+                raise DataError(
+                    f"The gradients of step {event.engine.step} were not added up over the ranks. "
+                    "Call each part that is trained as a whole, model(inputs), once before its loss is differentiated."
+                )
+            replica.is_reduced = False
+
+    def _check_batch_norm(self, name: str, module: nn.Module) -> None:
+        if self.batch_norm == "sync" and any(
+            isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()
+        ):
+            raise ConfigurationError(
+                f"The part {name} has batch normalisation, which would see only a rank's own samples. Convert it by "
+                'torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), or write Distributed(batch_norm="local").'
+            )
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Begin on every rank with the weights and buffers of rank 0."""
+        ranks = event.engine.ranks
+        for module in event.engine.parts.modules().values():
+            ranks.copy_from_main([*module.parameters(), *module.buffers()])
+
+    def __repr__(self) -> str:
+        return f"Distributed(data={self.data!r}, batch_norm={self.batch_norm!r})"
+
+
+class _Replica:
+    """A forward hook that lets torch average the gradients of the backward pass that follows.
+
+    `DistributedDataParallel` is given the parameters alone and passes the output through, so that the model stays the
+    user's own object under its own name, and an evaluation does not communicate.
+    """
+
+    def __init__(self, engine: Engine, parameters: list[nn.Parameter], find_unused_parameters: bool) -> None:
+        self._engine = engine
+        self.parameters = parameters
+        self.is_reduced = False  # whether gradients were added up since they were looked at last
+        self._find_unused_parameters = find_unused_parameters
+        self._trained: list[nn.Parameter] = []
+        self._replica: Callable[[Any], Any] = _unchanged
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled() or not self._engine.training:
+            return output
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        if len(trained) != len(self._trained):
+            self._trained = trained  # some were frozen or set free
+            self._replica = self._replicate(trained) if trained else _unchanged
+        return self._replica(output)
+
+    def _replicate(self, parameters: list[nn.Parameter]) -> DistributedDataParallel:
+        replica = DistributedDataParallel(
+            _Parameters(parameters), find_unused_parameters=self._find_unused_parameters, init_sync=False
+        )
+        replica.register_comm_hook(None, lambda _, bucket: self._add_up(bucket))
+        return replica
+
+    def _add_up(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Return the sum of all ranks' gradients, each weighted by its share; shares add up to 1.
+
+        Gradients that are in an open window already are the same on every rank, and stay what they are.
+        """
+        self.is_reduced = True
+        share = self._engine.current.share
+        gradients = bucket.buffer()
+        if share is None or not share.here:
+            gradients.zero_()
+        else:
+            gradients.mul_(share.weight)
+        future: torch.futures.Future[Any] = dist.all_reduce(gradients, async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def __deepcopy__(self, memo: object) -> Callable[..., Any]:
+        return _unchanged_output  # a copy of the model, such as a weight average, is not trained
+
+    def __reduce__(self) -> str:
+        return "_unchanged_output"
+
+
+class _Parameters(nn.Module):
+    """Parameters of another module, under the forward pass of none."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.parameters_of_the_model = nn.ParameterList(parameters)
+
+    def forward(self, output: Any) -> Any:
+        return output
+
+
+def _unchanged(output: Any) -> Any:
+    return output
+
+
+def _unchanged_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return output
+
+
+@contextmanager
+def _together(engine: Engine) -> Iterator[None]:
+    """Let no rank leave a run that ended well before all of them have."""
+    yield
+    engine.ranks.total(0)
+
+
+def start_group(timeout: float) -> None:
+    """Make torch.distributed's default group, unless there is one; it ends with the process."""
+    if dist.is_initialized():
+        return
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    limit = timedelta(seconds=timeout)
+    if _shares_a_store():
+        server = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+        store = PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", server)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=limit)
+    else:
+        dist.init_process_group(timeout=limit)
+    atexit.register(_end_group)
+
+
+def _shares_a_store() -> bool:
+    """Return whether all of torchrun's attempts on this one host use one store: it has the keys of a failed one."""
+    is_restartable = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return is_restartable and os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,213 @@
+"""The processes that train one model together, each of which is a rank.
+
+One process is alone: each method returns what it was given, and nothing is sent. `Ranks.join` makes it one of several.
+torch.distributed is imported only then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from .batch import tree_map
+from .errors import ConfigurationError, EngineStateError
+from .rng import mix
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+_numbers = itertools.count()  # of the engines of this process that have joined, the same on every rank
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank has of a batch that several ranks divide.
+
+    Attributes:
+        here: its samples; 0 for a stand-in, which is there so that the rank takes part in the communication.
+        whole: the samples of all ranks.
+    """
+
+    here: float
+    whole: float
+
+    @property
+    def weight(self) -> float:
+        """The share, from 0 to 1."""
+        return self.here / self.whole if self.whole else 0.0
+
+
+class Ranks:
+    """All ranks of a run, as one of them sees them.
+
+    Every method that communicates must be called by all ranks, in the same order.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        world: the number of processes.
+        divides: whether data are divided among the ranks; otherwise each rank's data are its own already.
+        share: what this rank has of the present batch; None in one process.
+    """
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.world = 1
+        self.divides = True
+        self._group: ProcessGroup | None = None
+        self._store: Store | None = None
+        self._num_stores = 0
+        self._is_on_main = False
+
+    def join(self, *, divides: bool = True) -> None:
+        """Become one of several ranks: those of torch.distributed's default group.
+
+        Args:
+            divides: whether data are divided among the ranks; False if each rank reads data of its own.
+        """
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        self.rank, self.world, self.divides = dist.get_rank(), dist.get_world_size(), divides
+        self._group = dist.group.WORLD
+        self._store = PrefixStore(f"camshaft/{next(_numbers)}", _get_default_store())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return self.world > 1
+
+    def part(self, size: int) -> tuple[int, int]:
+        """Return where this rank's part of ``size`` samples begins and ends; both may be equal."""
+        return size * self.rank // self.world, size * (self.rank + 1) // self.world
+
+    def seed(self, seed: int, step: int = 0) -> int:
+        """Return the seed of this rank's global generators; rank 0 has the one of a single process."""
+        return seed if self.is_main and not step else mix(seed, step, self.rank)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sums over all ranks, element by element; every rank gets the same, to the last bit."""
+        if self.several:
+            import torch.distributed as dist
+
+            self._refuse_on_main()
+            values = values.clone()
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def total(self, number: float) -> float:
+        """Return the sum of a number over all ranks."""
+        return float(self.sum(torch.tensor(float(number), dtype=torch.float64))) if self.several else number
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of the ranks; tensors come on the CPU."""
+        if not self.several:
+            return [value]
+        import torch.distributed as dist
+
+        self._refuse_on_main()
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, tree_map(Tensor.cpu, value), group=self._group)
+        return values
+
+    def shared(self, value: T) -> T:
+        """Return rank 0's value."""
+        if not self.several:
+            return value
+        import torch.distributed as dist
+
+        self._refuse_on_main()
+        values: list[Any] = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return cast("T", values[0])
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 alone; every rank gets what it returned, or raises what it raised."""
+        if not self.several:
+            return function()
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            self._is_on_main = True
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+            finally:
+                self._is_on_main = False
+        result, error = self.shared((result, error))
+        if error is not None:
+            raise error
+        return cast("T", result)
+
+    def copy_from_main(self, tensors: list[Tensor]) -> None:
+        """Overwrite the tensors with those of rank 0: all of one kind in one transfer."""
+        if not self.several:
+            return
+        import torch.distributed as dist
+
+        self._refuse_on_main()
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for same in kinds.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
+            dist.broadcast(flat, src=0, group=self._group)
+            for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+                with torch.no_grad():
+                    tensor.copy_(part.view_as(tensor))
+
+    def store(self) -> Store:
+        """Return a part of the store that all ranks see, a new one with each call.
+
+        Raises:
+            EngineStateError: if there is one rank.
+        """
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        if self._store is None:
+            raise EngineStateError("There is no store, because there is one rank. Ask ranks.several first.")
+        self._num_stores += 1
+        return PrefixStore(str(self._num_stores), self._store)
+
+    def _refuse_on_main(self) -> None:
+        if self._is_on_main:
+            raise EngineStateError(
+                "Something that runs on rank 0 alone asked all ranks for something, which would wait for ever. "
+                "Do it in a handler that runs on every rank."
+            )
+
+
+def check_joined(ranks: Ranks) -> None:
+    """Refuse a run that knows nothing of the other processes that were started with this one.
+
+    Raises:
+        ConfigurationError: if there are any.
+    """
+    world = launched_world()
+    if world > 1 and not ranks.several:
+        raise ConfigurationError(
+            f"This is one of {world} processes, and each would train a model of its own. "
+            "Pass callbacks=[Distributed(), ...], or start one process."
+        )
+
+
+def launched_world() -> int:
+    """Return how many processes were started together, as torchrun says in the environment; 1 if it says nothing."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
