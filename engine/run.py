@@ -77,10 +77,10 @@ class Run:
 
     __slots__ = (
         "_agreement", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
-        "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step", "ends_epoch", "epoch_length",
-        "feed", "first_epoch", "first_step", "has_validation", "interrupted", "is_over", "is_resuming", "last_epoch",
-        "last_step", "last_validation", "phase", "plan", "ranks", "save_is_due", "step_before_epoch", "stop_reason",
-        "training_stage", "validation_was_cut",
+        "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step",
+        "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "has_validation", "interrupted",
+        "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "phase", "plan", "ranks",
+        "save_is_due", "step_before_epoch", "stop_reason", "training_stage", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
