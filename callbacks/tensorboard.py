@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import struct
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from camshaft.engine import Callback, Engine, EpochEnd, ValidationEnd, directory_for, scalars, values_of
+from camshaft.engine import Callback, Engine, EpochEnd, FitStart, ValidationEnd, directory_for, scalars, values_of
 
 logger = logging.getLogger("camshaft")
 
@@ -21,6 +22,9 @@ class TensorBoard(Callback):
 
     If validations are made in mid-epoch, the training values are those of the steps between them; those of the steps
     after the last validation of an epoch are only in the history.
+
+    A resumed run lets TensorBoard drop what the directory has from the resumed step on, also curves that others wrote,
+    and writes its own values of that step again, so that each step is there once.
 
     A failure to write warns once and ends the writing, not the training.
 
@@ -33,57 +37,106 @@ class TensorBoard(Callback):
 
     def __init__(self, directory: str | Path | None = None) -> None:
         self._wanted_directory = None if directory is None else Path(directory)
-        self._file: BinaryIO | None = None
+        self._writer: Any = None  # a RecordWriter of tensorboardX
+        self._engine: Engine | None = None
+        self._num_written = [0, 0]  # rows of the history's validations, and of its epochs
+        self._resumed_step: int | None = None  # what TensorBoard is still to drop its values from
 
     def attach(self, engine: Engine) -> None:
         """Open the event file for the length of each fit."""
         super().attach(engine)
+        self._engine = engine
         engine.listeners.around("fit", lambda: self._open(engine))
 
+    def on_fit_start(self, event: FitStart) -> None:
+        """Begin after what the history has already; a run that finds nothing to resume still replaces its curves."""
+        engine = event.engine
+        self._num_written = [len(engine.history.validations), len(engine.history.rows)]
+        self._resumed_step = engine.step if engine.run.is_resuming else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step that a resumed run begins after."""
+        return {"step": self._engine.step} if self._engine is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the step."""
+        self._resumed_step = state.get("step", 0)
+
     def on_validation_end(self, event: ValidationEnd) -> None:
-        """Write the validation's values, and in mid-epoch those of the training since the one before."""
-        self._add(values_of(event.engine.history.validations[-1]), event.engine.step)
+        """Write the validation's values, and in mid-epoch those of the training before it, see `History`."""
+        self._update(event.engine)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Write the training values that no validation has written; those of a validation are written when it ends."""
-        engine = event.engine
-        written = {name for row in engine.history.validations[-1:] if row["epoch"] == engine.epoch for name in row}
-        train = {n: value for n, value in event.metrics.items() if n.startswith("train_") and n not in written}
-        self._add(train, engine.step)
+        self._update(event.engine)
 
-    def _add(self, values: Mapping[str, Any], step: int) -> None:
-        if self._file is None:
+    def _update(self, engine: Engine) -> None:
+        """Write the rows of the history that are not written yet."""
+        if self._writer is None:
             return
-        from tensorboardX.summary import scalar
-
         try:
-            for name, value in scalars(values).items():
-                self._write(self._file, step=step, summary=scalar(name, value))
+            self._drop_what_is_repeated(engine)
+            history = engine.history
+            for row in history.validations[self._num_written[0] :]:
+                self._add(values_of(row), int(row["step"]))
+            for row in history.rows[self._num_written[1] :]:
+                self._add(_only_of_epoch(row, history.validations), int(row["step"]))
+            self._num_written = [len(history.validations), len(history.rows)]
+            self._writer.flush()  # on the disk at once
         except Exception as error:
             logger.warning("TensorBoard stops writing: %r. Training continues.", error)
-            self._file = None
+            self._close()
 
-    def _write(self, file: BinaryIO, **fields: Any) -> None:
-        """Append one record; tensorboardX's own writer has a thread that dies on a full disk, and training hangs."""
+    def _drop_what_is_repeated(self, engine: Engine) -> None:
+        """Let readers drop the values from the resumed step on, and write those that the history has again."""
+        step, self._resumed_step = self._resumed_step, None
+        if step is None:
+            return
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        for _ in range(2):  # TensorBoard takes the first one that it sees for the start of the first run
+            self._write(step=step, session_log=SessionLog(status=SessionLog.START))
+        tables = engine.history.validations, engine.history.rows
+        self._num_written = [sum(row["step"] < step for row in rows) for rows in tables]
+
+    def _add(self, values: Mapping[str, Any], step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in scalars(values).items():
+            self._write(step=step, summary=scalar(name, value))
+
+    def _write(self, **fields: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.record_writer import masked_crc32c
 
-        event: bytes = Event(wall_time=time.time(), **fields).SerializeToString()
-        header = struct.pack("<Q", len(event))
-        checks = [struct.pack("<I", masked_crc32c(part)) for part in (header, event)]
-        file.write(header + checks[0] + event + checks[1])
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     @contextmanager
     def _open(self, engine: Engine) -> Iterator[None]:
+        from tensorboardX.record_writer import RecordWriter  # its SummaryWriter hangs training when the disk is full
+
         directory = directory_for("TensorBoard", self._wanted_directory, engine.directory, within="tensorboard")
-        name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}.{engine.num_fits}"
-        with open(directory / name, "ab", buffering=0) as file:  # each record can be read at once
-            self._file = cast("BinaryIO", file)
-            self._write(self._file, file_version="brain.Event:2")
-            try:
-                yield
-            finally:
-                self._file = None
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in the order of their names
+        name = f"events.out.tfevents.{seconds}.{nanoseconds:09}.{os.getpid()}"
+        self._writer = RecordWriter(str(directory / name))
+        self._write(file_version="brain.Event:2")
+        try:
+            yield
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):  # of a full disk, about which a warning was given
+                writer.close()
 
     def __repr__(self) -> str:
         return f"TensorBoard({str(self._wanted_directory) if self._wanted_directory else ''})"
+
+
+def _only_of_epoch(row: Mapping[str, float], validations: list[dict[str, float]]) -> dict[str, float]:
+    """Return the training values of an epoch that its last validation does not have."""
+    place = bisect_right(validations, row["epoch"], key=lambda other: other["epoch"])
+    last = validations[place - 1] if place else {}
+    written = last.keys() if last.get("epoch") == row["epoch"] else ()
+    return {name: value for name, value in row.items() if name.startswith("train_") and name not in written}

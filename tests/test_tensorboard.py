@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import pytest
 import torch
 from helpers import class_batches, make_trainer, run_python, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from camshaft.callbacks import RunDirectory, TensorBoard
-from camshaft.engine import ConfigurationError, StepEnd, every
+from camshaft.callbacks import RunCheckpoint, RunDirectory, TensorBoard
+from camshaft.engine import ConfigurationError, StepEnd, at, every
 
 TRAIN, VAL = class_batches(8, 8, 3), class_batches(16, 5)
 
@@ -186,3 +191,84 @@ def test_ones_own_handler_can_write_beside_it(tmp_path: Path) -> None:
     curves = read(tmp_path)
     assert [step for step, _ in curves["step_loss"]] == [2, 4, 6]
     assert len(curves["train_loss"]) == 2
+
+
+CUT = """
+import os, resource, sys
+import torch
+from pathlib import Path
+from camshaft.callbacks import TensorBoard
+from camshaft.engine import Callback, Engine
+class Limit(Callback):
+    def on_epoch_start(self, event):
+        if event.engine.epoch == 3:
+            (file,) = Path(sys.argv[1]).iterdir()
+            size = file.stat().st_size + 5
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+engine = Engine(lambda engine, batch: {"value": 1.0}, callbacks=[Limit(), TensorBoard(sys.argv[1])])
+engine.fit([torch.zeros(1)], epochs=3)
+"""
+
+
+def test_a_last_value_of_which_only_a_part_fits_on_the_disk_warns(tmp_path: Path) -> None:
+    """The last record of the run is cut: nothing after it would tell."""
+    run = run_python(CUT, tmp_path, timeout=20)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("TensorBoard stops writing") == 1
+    assert "Traceback" not in run.stderr
+    assert [step for step, _ in read(tmp_path)["train_value"]] == [1, 2]
+
+
+def read_as_the_server_does(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the same from the newer of TensorBoard's two readers."""
+    events = PluginAccumulator(str(directory), size_guidance={TENSORS: 0})
+    events.Reload()
+    return {
+        tag: [(event.step, event.tensor_proto.float_val[0]) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Do the work in a child, which may be killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+def run_until(fatal: int, folder: Path, validate_every: str, save_every: int) -> None:
+    """Run with a resume; the process is killed at the end of step ``fatal``, if that is not 0."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(
+        RunCheckpoint(folder / "checkpoints", every_steps=save_every), TensorBoard(folder / "curves")
+    )
+    if fatal:
+        trainer.subscribe(StepEnd, lambda event: os.kill(os.getpid(), signal.SIGKILL), when=at(fatal))
+    trainer.fit(TRAIN, VAL, epochs=4, validate_every=validate_every, resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("validate_every", "save_every"), [("1 epochs", 3), ("1 epochs", 4), ("2 steps", 3), ("2 steps", 7)]
+)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_killed_run_that_is_resumed_has_each_step_once(validate_every: str, save_every: int, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, in mid-epoch, and just after one: the curves are those of one whole run."""
+    in_child(lambda: run_until(0, tmp_path / "whole", validate_every, save_every))
+    for fatal in (2, 4, 5, 7, 10, 12, 0):
+        in_child(lambda fatal=fatal: run_until(fatal, tmp_path / "killed", validate_every, save_every))  # type: ignore[misc]
+    whole = read(tmp_path / "whole/curves")
+    assert [step for step, _ in whole["train_loss"]][-1] == 12
+    assert read(tmp_path / "killed/curves") == whole
+    assert read_as_the_server_does(tmp_path / "killed/curves") == whole
+
+
+def test_a_run_that_finds_no_checkpoint_begins_its_curves_again(tmp_path: Path) -> None:
+    """The one before it was killed when its first epoch was written, and not yet saved."""
+    make_trainer(TensorBoard(tmp_path / "curves")).fit(TRAIN, epochs=3)
+    trainer = make_trainer(TensorBoard(tmp_path / "curves"), RunCheckpoint(tmp_path / "checkpoints"))
+    history = trainer.fit(TRAIN, epochs=2, resume="auto")
+    assert read(tmp_path / "curves") == {"train_loss": column(history.rows, "train_loss")}
