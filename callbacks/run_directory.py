@@ -38,6 +38,7 @@ from camshaft.engine import (
 )
 
 from .progress import ProgressBar, epoch_line
+from .secrets import command_without_secrets, without_secrets
 
 logger = logging.getLogger("camshaft")
 epoch_logger = logging.getLogger("camshaft.epochs")
@@ -53,6 +54,9 @@ class RunDirectory(Callback):
     which order) and ``history.csv``, with a row for each epoch; with validations in mid-epoch also
     ``validations.csv``, with a row for each of them. During a fit the log goes to the terminal as well,
     unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
+
+    The value of a setting or an option with ``key``, ``token``, ``password`` or ``secret`` in its name is written as
+    ``***``, unless it is a number of keys or tokens.
 
     Args:
         root: the directory of the run directories; made if it does not exist.
@@ -100,7 +104,7 @@ class RunDirectory(Callback):
 
     def _describe(self) -> None:
         """Write down the settings, and what the run runs on."""
-        self._write("settings.json", json.dumps(self.settings, indent=2, default=str) + "\n")
+        self._write("settings.json", json.dumps(without_secrets(self.settings), indent=2, default=str) + "\n")
         self._write("environment.json", json.dumps(environment(), indent=2) + "\n")
 
     def _remove_new_directory(self) -> None:
@@ -114,7 +118,7 @@ class RunDirectory(Callback):
         """Log the settings; write down what will run in which order."""
         self._history, self._validations = _Table(self.path / "history.csv"), _Table(self.path / "validations.csv")
         logger.info("Run directory: %s", self.path)
-        logger.info("Settings: %s", json.dumps(self.settings, default=str))
+        logger.info("Settings: %s", json.dumps(without_secrets(self.settings), default=str))
         self._write("handlers.txt", event.engine.explain() + "\n")
 
     def on_validation_end(self, event: ValidationEnd) -> None:
@@ -257,7 +261,7 @@ def environment() -> dict[str, Any]:
     """Return what a run ran on: command, versions, machine, devices."""
     packages = ("camshaft", "torch", "torchvision", "numpy", "pytorch-ignite", "torchmetrics", "tensorboardX")
     return {
-        "command": sys.argv,
+        "command": command_without_secrets(sys.argv),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -552,3 +552,54 @@ def test_a_resumed_run_continues_the_same_table_without_a_gap_or_a_row_twice(tmp
     assert resumed.directory == first.directory
     table = pd.read_csv(Path(str(resumed.directory)) / "history.csv")
     assert table["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@dataclass
+class Account:
+    user: str
+    password: str
+
+
+SECRETS = {
+    "hf_token": "s3cret", "apiKey": "s3cret", "API_KEYS": ["s3cret"], "password": 53211, "SECRET": {"a": "s3cret"},
+    "login": {"deep": [{"access_key": "s3cret"}]}, "account": Account("me", "s3cret"),
+    "options": argparse.Namespace(db=argparse.Namespace(passwd="s3cret")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [dict, lambda settings: argparse.Namespace(**settings)])
+def test_secrets_among_the_settings_are_written_nowhere(kind: Callable[..., object], tmp_path: Path) -> None:
+    """What has key, token, password or secret in its name, at any depth; the rest is written as it is."""
+    harmless = {"max_tokens": 512, "key_size": 64, "tokenizer": "bpe", "keywords": "a", "lr": 0.1}
+    run = RunDirectory(tmp_path, settings=kind(SECRETS | harmless))
+    make_trainer(run).fit(TRAIN, epochs=1)
+    written = "".join(file.read_text() for file in run.path.iterdir())
+    assert "s3cret" not in written
+    assert "53211" not in written
+    settings = json.loads((run.path / "settings.json").read_text())
+    assert settings["hf_token"] == settings["SECRET"] == settings["account"]["password"] == "***"
+    assert settings["account"]["user"] == "me"
+    assert settings["login"] == {"deep": [{"access_key": "***"}]}
+    assert {name: settings[name] for name in harmless} == harmless
+    assert run.settings["hf_token"] == "s3cret"  # the program's own is unchanged
+
+
+@pytest.mark.parametrize(
+    ("command", "written"),
+    [
+        (["--token", "s3cret", "--lr", "0.1"], ["--token", "***", "--lr", "0.1"]),
+        (["--api-keys", "s3cret", "s3cret", "-v"], ["--api-keys", "***", "***", "-v"]),
+        (["--hub-token=s3cret"], ["--hub-token=***"]),
+        (["model.api_key=s3cret", "data=a"], ["model.api_key=***", "data=a"]),
+        (["--env=WANDB_API_KEY=s3cret"], ["--env=WANDB_API_KEY=***"]),
+        (["--no-password", "--lr", "1"], ["--no-password", "--lr", "1"]),
+        (["--tokenizer", "bpe", "keys/train.csv"], ["--tokenizer", "bpe", "keys/train.csv"]),
+    ],
+)
+def test_secrets_of_the_command_line_are_written_nowhere(
+    command: list[str], written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["my_key_train.py", *command])
+    run = RunDirectory(tmp_path)
+    make_trainer(run).fit(TRAIN, epochs=1)
+    assert json.loads((run.path / "environment.json").read_text())["command"] == ["my_key_train.py", *written]
