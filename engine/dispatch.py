@@ -67,23 +67,26 @@ class Channel(Generic[E]):
     For an event that nobody is due to hear, all that the loop does is ``if count >= channel.due``.
     """
 
-    __slots__ = ("due", "event", "filtered", "subscriptions")
+    __slots__ = ("_called", "due", "event", "filtered", "subscriptions")
 
     def __init__(self, event: type[E]) -> None:
         self.event = event
-        self.subscriptions: tuple[Subscription[E], ...] = ()
+        self.subscriptions: dict[Subscription[E], None] = {}  # in the order in which they were added
+        self._called: tuple[Subscription[E], ...] | None = ()  # the same, for a dispatch; None if they have changed
         self.due = NEVER
-        self.filtered = False  # whether any subscription has a filter
+        self.filtered = False  # whether any subscription had a filter at the last dispatch
 
     def add(self, handler: Handler[E], when: When) -> Subscription[E]:
         """Append a handler; it takes part from the next dispatch on."""
         subscription = Subscription(self, handler, when)
-        self._set((*self.subscriptions, subscription))
+        self.subscriptions[subscription] = None
+        self._called, self.due = None, 0
         return subscription
 
     def remove(self, subscription: Subscription[E]) -> None:
         """Take a handler out."""
-        self._set(tuple(s for s in self.subscriptions if s is not subscription))
+        self.subscriptions.pop(subscription, None)
+        self._called, self.due = None, 0 if self.subscriptions else NEVER
 
     def rewind(self) -> None:
         """Ask every filter again, because the counter was set to another value."""
@@ -95,7 +98,7 @@ class Channel(Generic[E]):
         """Call each handler that is due with ``event``."""
         subscription = None
         try:
-            for subscription in self.subscriptions:
+            for subscription in self._called or self._renewed():
                 if subscription.always or (count >= subscription.due and subscription.is_due(count)):
                     subscription.call(event)
         except Exception as error:
@@ -107,7 +110,7 @@ class Channel(Generic[E]):
     def emit_to_all(self, event: E, count: int) -> None:
         """Call each handler that is due, also after one has raised; then raise the first error."""
         errors: list[Exception] = []
-        for subscription in self.subscriptions:
+        for subscription in self._called or self._renewed():
             try:
                 if subscription.is_due(count):
                     subscription.call(event)
@@ -124,7 +127,7 @@ class Channel(Generic[E]):
         """Offer ``value`` to each handler that is due and return what they made of it."""
         subscription = None
         try:
-            for subscription in self.subscriptions:
+            for subscription in self._called or self._renewed():
                 if subscription.always or (count >= subscription.due and subscription.is_due(count)):
                     replacement = subscription.call(build(value))
                     if replacement is not None:
@@ -136,10 +139,11 @@ class Channel(Generic[E]):
             self._settle_due()
         return value
 
-    def _set(self, subscriptions: tuple[Subscription[E], ...]) -> None:
-        self.subscriptions = subscriptions
-        self.filtered = any(not subscription.always for subscription in subscriptions)
-        self._settle_due()
+    def _renewed(self) -> tuple[Subscription[E], ...]:
+        """Return the subscriptions as they are now: those that are added during a dispatch wait for the next."""
+        self._called = tuple(self.subscriptions)
+        self.filtered = any(not subscription.always for subscription in self._called)
+        return self._called
 
     def _settle_due(self) -> None:
         self.due = min((subscription.due for subscription in self.subscriptions), default=NEVER)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -246,3 +246,33 @@ def test_an_error_in_a_handler_comes_out_with_handler_event_and_step() -> None:
     notes = " ".join(caught.value.__notes__)
     assert re.search(r"explode, a handler of StepEnd, at step 2\.", notes)
     assert "At step 2, batch 2 of epoch 1." in notes
+
+
+def num_calls_of(work: Callable[[], object]) -> int:
+    """Return how many Python functions the work calls; resuming a generator is one, too."""
+    num = 0
+
+    def look(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal num
+        num += event == "call"
+
+    sys.setprofile(look)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return num
+
+
+@pytest.mark.parametrize("when", [None, every(3)])
+def test_the_cost_of_subscriptions_grows_as_their_number(when: object) -> None:
+    """A subscription and its end cost the same however many there are."""
+
+    def subscribe_and_cancel(num: int) -> None:
+        engine = Engine(idle)
+        subscriptions = [engine.subscribe(StepEnd, print, when=when) for _ in range(num)]
+        for subscription in subscriptions:
+            subscription.cancel()
+
+    costs = [num_calls_of(lambda num=num: subscribe_and_cancel(num)) for num in (0, 100, 400)]  # type: ignore[misc]
+    assert costs[2] - costs[0] <= 4 * (costs[1] - costs[0])
