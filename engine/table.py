@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 COUNTS = ("epoch", "step")  # whole numbers; all other values are floats
 
@@ -29,19 +31,24 @@ class Table:
         >>> packed["columns"], packed["values"].shape
         (['epoch', 'loss'], torch.Size([2, 2]))
         """
-        if len(rows) < self._num_rows or any(row.keys() - self._columns for row in rows[self._num_rows :]):
+        if len(rows) < self._num_rows or not self._has_columns_of(rows[self._num_rows :]):
             self._columns = list(dict.fromkeys(name for row in rows for name in row))
             self._num_rows = 0
         self._make_room(len(rows))
-        for number, row in enumerate(rows[self._num_rows :], start=self._num_rows):
-            self._present[number] = torch.tensor([name in row for name in self._columns])
-            self._values[number] = torch.tensor([row.get(name, 0.0) for name in self._columns], dtype=torch.float64)
+        new, place = rows[self._num_rows :], slice(self._num_rows, len(rows))
+        for number, name in enumerate(self._columns):
+            self._present[place, number] = torch.tensor([name in row for row in new], dtype=torch.bool)
+            self._values[place, number] = torch.tensor([row.get(name, 0.0) for row in new], dtype=torch.float64)
         self._num_rows = len(rows)
         return {
             "columns": list(self._columns),
             "values": self._values[: self._num_rows].clone(),
             "present": self._present[: self._num_rows].clone(),
         }
+
+    def _has_columns_of(self, rows: Sequence[Mapping[str, float]]) -> bool:
+        columns = set(self._columns)
+        return all(row.keys() <= columns for row in rows)
 
     def _make_room(self, num_rows: int) -> None:
         if num_rows <= len(self._values) and len(self._columns) == self._values.shape[1]:
@@ -60,8 +67,15 @@ def unpack(packed: Mapping[str, Any]) -> list[dict[str, float]]:
     >>> unpack(Table().pack([{"epoch": 1, "loss": 0.5}, {"epoch": 2}]))
     [{'epoch': 1, 'loss': 0.5}, {'epoch': 2}]
     """
-    columns, rows = packed["columns"], []
-    for values, present in zip(packed["values"].tolist(), packed["present"].tolist(), strict=True):
-        row = {name: value for name, value, is_there in zip(columns, values, present, strict=True) if is_there}
-        rows.append({name: int(value) if name in COUNTS else value for name, value in row.items()})
+    columns: list[str] = packed["columns"]
+    by_column = [_as_numbers(name, packed["values"][:, number]) for number, name in enumerate(columns)]
+    rows: list[dict[str, float]] = []
+    for values, is_there in zip(zip(*by_column, strict=True), packed["present"].tolist(), strict=True):
+        row = zip(columns, values, strict=True)
+        rows.append(dict(row if all(is_there) else itertools.compress(row, is_there)))
     return rows
+
+
+def _as_numbers(column: str, values: Tensor) -> list[float]:
+    numbers: list[float] = (values.long() if column in COUNTS else values).tolist()
+    return numbers

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from camshaft.engine.table import Table, unpack
 
@@ -56,3 +57,22 @@ def test_what_was_packed_does_not_change_with_later_rows() -> None:
     first = table.pack(ROWS[:1])
     table.pack(ROWS)
     assert unpack(first) == ROWS[:1]
+
+
+def test_packing_many_rows_makes_no_tensor_for_each() -> None:
+    """Ten times as many rows need the same number of tensor operations, both to pack and to unpack."""
+
+    class Operations(TorchDispatchMode):
+        num = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.num += 1
+            return func(*args, **(kwargs or {}))
+
+    nums: list[int] = []
+    for num_rows in (50, 500):
+        rows: list[dict[str, float]] = [{"epoch": number, "loss": 0.5} for number in range(num_rows)]
+        with Operations() as operations:  # type: ignore[no-untyped-call]  # not in torch's types
+            assert unpack(Table().pack(rows)) == rows
+        nums.append(operations.num)
+    assert nums[0] == nums[1]
