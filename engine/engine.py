@@ -10,6 +10,7 @@ that a run is made of are in files of their own.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -125,6 +126,7 @@ class Engine:
         self._step_end = self.listeners.channel(StepEnd)
         self._settled = self.listeners.channel(Settled)
         self._validation_step_end = self.listeners.channel(ValidationStepEnd)
+        self._training_loops: list[weakref.ref[Generator[Any, None, None]]] = []  # those of the present epoch
         for callback in check_callbacks(callbacks):
             self.attach(callback)
 
@@ -191,8 +193,12 @@ class Engine:
         return self._epochs(Plan(epochs, max_steps, min_epochs), feed, has_validation=None, resume=resume)
 
     def train(self, data: Data) -> Iterator[Any]:
-        """Yield each training batch; the loop body is the training step."""
-        run = self._require_run("train")
+        """Yield each training batch; the loop body is the training step. It ends with the epoch."""
+        loop = self._training_loop(self._require_run("train"), data)
+        self._training_loops.append(weakref.ref(loop))
+        return loop
+
+    def _training_loop(self, run: Run, data: Data) -> Generator[Any, None, None]:
         if not run.begin_pass():
             return
         batches = self._begin_training(run, data)
@@ -412,6 +418,7 @@ class Engine:
                     raise
                 self._end_run(run)
         finally:
+            self._end_training_loops()
             run.close()
             self.run, self.current = NO_RUN, CurrentStage()
 
@@ -490,7 +497,15 @@ class Engine:
         self.update.flush()
         self.current = CurrentStage()
 
+    def _end_training_loops(self) -> None:
+        """Let an iterator that somebody kept give no further batch."""
+        for reference in self._training_loops:
+            if (loop := reference()) is not None:
+                loop.close()
+        self._training_loops.clear()
+
     def _end_epoch(self, run: Run) -> None:
+        self._end_training_loops()
         self._end_step(run)  # still open if the user's loop was left by a break
         if run.is_cut:
             return

@@ -544,3 +544,43 @@ def test_handlers_see_what_a_step_gives_to_its_metrics_and_else_what_it_returns(
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
     with refused(ConfigurationError, phrase):
         Engine(**settings)
+
+
+def test_the_batches_of_an_epoch_end_with_it() -> None:
+    """An iterator that was kept gives no batch in the next epoch, started or not, and moves no counter."""
+    engine = Engine()
+    kept: list[Iterator[Any]] = []
+    for epoch in engine.epochs(2):
+        assert [list(loop) for loop in kept] == [[]] * len(kept)
+        kept = [engine.train([1, 2, 3]), engine.train([1, 2, 3])]
+        assert next(kept[0]) == 1
+        assert engine.step == epoch
+    assert [list(loop) for loop in kept] == [[], []]
+    assert (engine.step, engine.stage) == (2, "")
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_batches_of_a_run_end_with_it_however_it_ends(step: int) -> None:
+    engine = Engine()
+    kept: list[Iterator[Any]] = []
+
+    def fail() -> None:
+        for _ in engine.epochs(1):
+            kept.append(engine.train([1, 2, 3]))
+            for _ in range(step):
+                next(kept[0])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(kept[0]) == []
+    for _ in engine.epochs(1):
+        assert list(kept[0]) == []
+        assert list(engine.train([1, 2, 3])) == [1, 2, 3]
+    assert engine.step == step + 3
+
+
+def test_training_batches_are_refused_outside_a_run_when_they_are_asked_for() -> None:
+    """Not when the first one is read, which may be within a run, of which they would be only one epoch."""
+    with refused(EngineStateError, "engine.train was called outside a run"):
+        Engine().train([1, 2])
