@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitStart, ValidationEnd, did_you_mean
+
+logger = logging.getLogger("camshaft")
 
 Mode = Literal["min", "max"]
 
@@ -78,6 +81,7 @@ class Monitor:
         has_validation = engine.run.has_validation
         if not engine.stages.may_have(self.name, has_validation=has_validation):
             raise self._missing(engine.stages.expected(has_validation=has_validation))
+        self._warn_of_one_epoch(engine)
         if self.mode is None:
             higher = engine.stages.higher_is_better(self.name)
             if higher is None:
@@ -86,6 +90,18 @@ class Monitor:
                     'Write mode="max" or mode="min".'
                 )
             self.mode = "max" if higher else "min"
+
+    def _warn_of_one_epoch(self, engine: Engine) -> None:
+        """Say that a training value has come too late for anything if a run by steps is a single epoch."""
+        run = engine.run
+        if self.name.startswith("train_") and run.feed.data is not None and run.plan.max_steps is not None:
+            num_epochs = run.num_planned("epoch")
+            if num_epochs is None or num_epochs == 1:
+                logger.warning(
+                    '%s watches "%s", which is there when an epoch ends, and a run of max_steps=%d over these data '
+                    'may be a single epoch. Pass epoch_length=..., or watch a "val_" value.',
+                    self.owner, self.name, run.plan.max_steps,
+                )  # fmt: skip
 
     def _missing(self, known: list[str]) -> ConfigurationError:
         names = [name for name in known if name.split("_")[0] == self.name.split("_")[0]] or known

@@ -79,6 +79,7 @@ class Schedule(Callback):
         self._has_stepped = False
         self._updates = [0, 0]  # made and skipped, at the end of the last epoch
         self._first_epoch: Subscription[EpochEnd] | None = None
+        self._lengths: Subscription[EpochEnd] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Hear updates, steps, epochs or the monitored value."""
@@ -92,6 +93,8 @@ class Schedule(Callback):
         self.optimizer, self.scheduler = name, scheduler
         engine.parts[_part_for(name)] = scheduler
         engine.subscribe(FitStart, self._begin_run)
+        if self.per != "epoch":
+            self._lengths = engine.subscribe(EpochEnd, self._check_length)
         self._hear_when_to_step(engine)
 
     def _check_monitor(self, scheduler: LRScheduler | None) -> None:
@@ -162,6 +165,19 @@ class Schedule(Callback):
                 'with the run. Write per="step", which counts steps.',
                 expected, self.optimizer, engine.epoch_step, made,
             )  # fmt: skip
+
+    def _check_length(self, event: EpochEnd) -> None:
+        """Warn, once, if an epoch was not as long as those that the total was computed from."""
+        engine, run = event.engine, event.engine.run
+        if not self._total or run.ends_epoch or run.epoch_length in (None, engine.epoch_step):
+            return
+        logger.warning(
+            "Schedule counts on %d steps in an epoch, and epoch %d had %d, so it will not end with the run. "
+            "Pass epoch_length=%d and repeat(train), or state the total.",
+            run.epoch_length, engine.epoch, engine.epoch_step, run.epoch_length,
+        )  # fmt: skip
+        if self._lengths is not None:
+            self._lengths.cancel()
 
     def _stop_checking(self) -> None:
         if self._first_epoch is not None:

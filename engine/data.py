@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, TypeGuard
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -25,6 +25,14 @@ def check_data(name: str, data: object) -> None:
         raise ConfigurationError(
             f"{name} is {_kind(data)}, which is not an iterable of batches. "
             "Pass a DataLoader, a list of batches, or a function that returns one."
+        )
+    several = (
+        list(data.values() if isinstance(data, Mapping) else data) if isinstance(data, Mapping | list | tuple) else []
+    )
+    if several and all(isinstance(item, DataLoader) for item in several):
+        raise ConfigurationError(
+            f"{name} is {_kind(data)} of {len(several)} loaders, not of batches. "
+            "Pass one of them, or all of them in a row: lambda: itertools.chain(first, second)."
         )
     if num_batches(data) == 0:
         raise DataError(empty_message(name, data))

@@ -555,6 +555,11 @@ class Engine:
             check_data("val", val)
             if self.ranks.several:
                 self._division.of("val", val)
+        elif plan.validate_every is not None:
+            raise ConfigurationError(
+                f"validate_every={plan.validate_every!r} was passed without validation data. "
+                "Pass them, too: fit(train, val, ...); or leave it out."
+            )
         return feed, partial(step.train, self)
 
     def _feed(self, epoch_length: int | None) -> Feed:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .batch import call_model, num_samples, outline, prepare_batch, tree_map
-from .errors import ConfigurationError, DataError
+from .dispatch import describe
+from .errors import ConfigurationError, DataError, can_take
 from .loss_check import check_loss
 from .stages import refuse_outside_a_stage
 
@@ -42,6 +43,12 @@ class FunctionStep:
     def __init__(self, function: StepFunction) -> None:
         if not callable(function):
             raise ConfigurationError(f"step is {function!r}, not a function. Write def step(engine, batch): ...")
+        if not can_take(function, 2):
+            takes = ", ".join(inspect.signature(function).parameters) or "no arguments"
+            raise ConfigurationError(
+                f"{describe(function)} takes {takes}, but a step is called with the engine and the batch. "
+                "Write def step(engine, batch): ..."
+            )
         self.train = self.evaluate = function
 
     def inputs(self, batch: Any, /) -> Any:
@@ -131,10 +138,12 @@ class SupervisedStep:
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            taken, arguments_text = f"the output, {outline(output)}", "output"
+            if self._num_loss_arguments != 1:
+                taken, arguments_text = f"{taken}, and the target, {outline(target)}", "output, target"
             raise DataError(
-                f"The loss {_name(loss_fn)} could not take the output, {outline(output)}, and the target, "
-                f"{outline(target)} ({str(error).rstrip('.')}). "
-                "Pass a function that can: loss_fn=lambda output, target: ..."
+                f"The loss {_name(loss_fn)} could not take {taken} ({str(error).rstrip('.')}). "
+                f"Pass a function that can: loss_fn=lambda {arguments_text}: ..."
             ) from error
         if isinstance(loss, tuple) and "loss" in getattr(loss, "_fields", ()):
             loss = loss.loss  # type: ignore[attr-defined]  # AdaptiveLogSoftmaxWithLoss: a named tuple

@@ -21,6 +21,7 @@ from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
 
 GOLDEN_MIX = [17650578182555822980, 8764810008325594656, 13683858685767402644]
 GOLDEN_ORDER = [2.0, 4.0, 5.0, 0.0, 3.0, 1.0]
+LOADER = loader_of(8, batch_size=4)
 
 
 class Stream(IterableDataset[int]):
@@ -460,3 +461,15 @@ def test_a_worker_that_dies_is_told_with_the_likely_reason(batch: int) -> None:
 def test_data_that_end_with_an_epoch_of_set_length_say_so_in_the_next_one() -> None:
     with pytest.raises(DataError, match=r"Data ended before epoch 3, because .*epoch_length=2 share a pass\. Pass"):
         Engine(idle).fit(lambda: iter(range(4)), epochs=3, epoch_length=2)
+
+
+@pytest.mark.parametrize(
+    "several", [[LOADER, LOADER], (LOADER, LOADER), {"a": LOADER, "b": LOADER}], ids=["list", "tuple", "dict"]
+)
+def test_several_loaders_are_no_data(several: Any) -> None:
+    """Also where they are the validation's, which runs only after an epoch."""
+    for data in ((several,), ([1], several)):
+        engine = Engine(idle)
+        with refused(ConfigurationError, "of 2 loaders, not of batches"):
+            engine.fit(*data, epochs=1)
+        assert engine.step == 0

@@ -20,7 +20,18 @@ from torchmetrics.classification import (
 
 from camshaft.callbacks import BestCheckpoint, EarlyStopping, Metrics
 from camshaft.callbacks.monitor import Mode, Monitor
-from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, ValidationEnd
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Data,
+    Engine,
+    EpochEnd,
+    FitStart,
+    StepEnd,
+    ValidationEnd,
+    at,
+    repeat,
+)
 
 
 class Watch(Callback):
@@ -270,3 +281,25 @@ def test_a_watched_value_must_be_a_single_number() -> None:
     )
     with refused(ConfigurationError, 'watches "val_confusion", which has shape [2, 2]'):
         trainer.fit(pairs(), pairs(), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "plan", "warns"),
+    [
+        (repeat(pairs()), {"max_steps": 5}, True),
+        (repeat(pairs()), {"epochs": 3, "max_steps": 5}, True),
+        (pairs(5), {"max_steps": 5}, True),
+        (pairs(3), {"max_steps": 5}, False),
+        (repeat(pairs()), {"max_steps": 5, "epoch_length": 2}, False),
+        (pairs(5), {"epochs": 1}, False),
+    ],
+)
+def test_a_training_value_that_comes_only_when_the_run_is_over_is_told_before_step_1(
+    data: Data, plan: dict[str, int], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run by steps may be one epoch, at the end of which nothing is left to stop."""
+    trainer = regression(callbacks=[EarlyStopping("train_loss")])
+    told: list[str] = []
+    trainer.subscribe(StepEnd, lambda event: told.extend(record.getMessage() for record in caplog.records), when=at(1))
+    trainer.fit(data, **plan)  # type: ignore[arg-type]  # whole numbers
+    assert any('EarlyStopping watches "train_loss"' in line and "epoch_length" in line for line in told) is warns

@@ -100,3 +100,10 @@ def test_no_epochs_fire_start_and_end_and_nothing_else(plan: dict[str, Any]) -> 
         trainer.subscribe(event, lambda event: fired.append(type(event)))
     trainer.fit(pairs(), **plan)
     assert (fired, num_calls(trainer)) == ([FitStart, FitEnd], 0)
+
+
+def test_an_interval_of_validations_needs_validation_data() -> None:
+    trainer = regression()
+    with refused(ConfigurationError, "validate_every='2 steps'", "without validation data"):
+        trainer.fit(pairs(), epochs=1, validate_every="2 steps")
+    assert num_calls(trainer) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import Batch, class_batches, linear, make_trainer, num_calls, pairs, refused, regression
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from camshaft.callbacks import Accumulate, RunCheckpoint, Schedule, StopOnNonFinite, warmup_cosine
 from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, LossReady, StepEnd, Trainer, repeat
@@ -579,3 +579,39 @@ def test_a_value_that_a_schedule_waits_for_and_will_not_exist_is_told_before_the
     with refused(ConfigurationError, 'Schedule watches "val_los", but', 'Did you mean "val_loss"?'):
         trainer.fit(pairs(), pairs(), epochs=1)
     assert num_calls(trainer) == 0
+
+
+class Changing:
+    """Data of which each pass has another number of batches."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = list(lengths)
+
+    def __len__(self) -> int:
+        return self.lengths[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        length = self.lengths.pop(0) if len(self.lengths) > 1 else self.lengths[0]
+        return iter(pairs(length))
+
+
+@pytest.mark.parametrize("per", ["update", "step"])
+@pytest.mark.parametrize(("lengths", "told"), [((6, 4, 2), "epoch 2 had 4"), ((6, 6, 6), None), ((4, 5, 4), "had 5")])
+def test_a_schedule_of_which_the_data_change_their_length_warns_once(
+    per: Literal["update", "step"], lengths: tuple[int, ...], told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As soon as an epoch was shorter or longer than what the total was computed from."""
+    schedule = Schedule(lambda optimizer, total: LambdaLR(optimizer, lambda step: 1 / (1 + step)), per=per)
+    regression(callbacks=[schedule]).fit(Changing(*lengths), epochs=3)
+    lines = [record.getMessage() for record in caplog.records if "steps in an epoch" in record.getMessage()]
+    assert len(lines) == (told is not None)
+    assert all(told is not None and told in line and "Schedule counts on" in line for line in lines)
+
+
+@pytest.mark.parametrize("plan", [{"epochs": 3, "max_steps": 8}, {"epochs": 2, "epoch_length": 4}])
+def test_an_epoch_that_the_plan_cuts_short_is_no_change_of_length(
+    plan: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = Schedule(lambda optimizer, total: OneCycleLR(optimizer, 0.1, total), per="step")
+    regression(callbacks=[schedule]).fit(repeat(pairs(6)) if "epoch_length" in plan else pairs(6), **plan)  # type: ignore[arg-type]  # whole numbers
+    assert "steps in an epoch" not in caplog.text

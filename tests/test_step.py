@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from camshaft.engine import (
     SupervisedStep,
     Trainer,
     num_samples,
+    prepare_batch,
 )
 
 
@@ -255,3 +257,32 @@ def test_an_empty_batch_cannot_be_divided_and_counts_for_nothing_either() -> Non
     trainer.fit([*class_batches(4), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))], epochs=1)
     assert (trainer.step, trainer.num_updates, trainer.num_skipped_updates) == (2, 1, 1)
     assert math.isfinite(trainer.history["train_loss"][0])
+
+
+@pytest.mark.parametrize("step", [lambda batch: None, lambda: None, lambda engine, batch, more: None])
+def test_a_step_that_cannot_take_engine_and_batch_is_refused_where_the_engine_is_made(step: Any) -> None:
+    with refused(ConfigurationError, "takes", "a step is called with the engine and the batch"):
+        Engine(step)
+
+
+class OwnLoss(nn.Linear):
+    """A model that computes its loss itself, but only when it is given the labels."""
+
+    def forward(self, inputs: Any, labels: Any = None) -> Any:
+        output = super().forward(inputs)
+        return SimpleNamespace(loss=None if labels is None else (output - labels).square().mean(), logits=output)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "prepare", "phrases"),
+    [
+        (lambda out: out.loss, prepare_batch, ["The loss is None", "must be among its inputs"]),
+        (lambda out: out, lambda batch: (batch, None), ["of type SimpleNamespace", "output.loss"]),
+        (lambda out: out.los, prepare_batch, ["could not take the output, of type SimpleNamespace", "lambda output: ..."]),
+    ],
+)
+def test_a_model_that_computes_its_loss_itself_is_told_how(loss_fn: Any, prepare: Any, phrases: list[str]) -> None:
+    with refused(DataError, *phrases):
+        regression(OwnLoss(2, 1), loss_fn=loss_fn, prepare_batch=prepare).fit(pairs(), epochs=1)
+    good = regression(OwnLoss(2, 1), loss_fn=lambda out: out.loss, prepare_batch=lambda batch: (batch, None))
+    assert good.fit(pairs(), epochs=1)["train_loss"][0] > 0
