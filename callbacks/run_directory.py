@@ -14,9 +14,11 @@ import logging
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,9 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class RunDirectory(Callback):
     """Makes ``<root>/<time the run started>`` and gives it to every handler that writes files.
 
-    It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers),
-    ``settings.json``, ``environment.json`` (versions, machine, command), ``handlers.txt`` (what runs, when and in
-    which order) and ``history.csv``, with a row for each epoch; with validations in mid-epoch also
+    It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers; but not
+    camshaft's lines of another fit in another thread), ``settings.json``, ``environment.json`` (versions, machine,
+    command), ``handlers.txt`` (what runs, when and in which order) and ``history.csv``, with a row for each epoch; with validations in mid-epoch also
     ``validations.csv``, with a row for each of them. During a fit the log goes to the terminal as well,
     unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
 
@@ -153,25 +155,24 @@ class RunDirectory(Callback):
     @contextmanager
     def _logging(self, engine: Engine) -> Iterator[None]:
         root = logging.getLogger()
-        level = root.level
         handlers: list[logging.Handler] = [_LogFile(self.path / "log.log", encoding="utf-8")]
         handlers[0].setFormatter(logging.Formatter(FORMAT))
         if self.terminal and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers):
             has_bar = any(isinstance(callback, ProgressBar) for callback in engine.callbacks)
             handlers.append(_TerminalHandler(skip_epochs=has_bar))
+        own = partial(_is_of_thread, threading.get_ident())
         for handler in handlers:
+            handler.addFilter(own)
             root.addHandler(handler)
-        if root.getEffectiveLevel() > logging.INFO:
-            root.setLevel(logging.INFO)
         try:
-            yield
+            with _info_level:
+                yield
         except GeneratorExit:  # the user's own loop was left: no failure
             raise
         except BaseException as error:
             logger.error("The run failed.", exc_info=error)
             raise
         finally:
-            root.setLevel(level)
             for handler in handlers:
                 root.removeHandler(handler)
                 handler.close()
@@ -224,6 +225,38 @@ def _as_csv(columns: list[str], rows: Sequence[Mapping[str, object]]) -> str:
     text = io.StringIO()
     csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def _is_of_thread(thread: int, record: logging.LogRecord) -> bool:
+    """Return whether a line is of the run of this thread: camshaft's are of the thread in which they are logged."""
+    return record.thread in (None, thread) or record.name.partition(".")[0] != "camshaft"
+
+
+class _InfoLevel:
+    """The root logger lets INFO through while any run is logged, in whichever thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_runs = 0
+        self._level = logging.WARNING
+
+    def __enter__(self) -> None:
+        root = logging.getLogger()
+        with self._lock:
+            if not self._num_runs:
+                self._level = root.level
+            self._num_runs += 1
+            if root.getEffectiveLevel() > logging.INFO:
+                root.setLevel(logging.INFO)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_runs -= 1
+            if not self._num_runs:
+                logging.getLogger().setLevel(self._level)
+
+
+_info_level = _InfoLevel()
 
 
 class _LogFile(logging.FileHandler):

@@ -10,6 +10,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from helpers import class_batches, make_trainer, refused, regression, run_python
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from camshaft.callbacks import BestCheckpoint, EarlyStopping, ProgressBar, RunCheckpoint, RunDirectory
-from camshaft.engine import ConfigurationError, Engine, EpochEnd, FitEnd, History, StepEnd, at
+from camshaft.engine import ConfigurationError, Engine, EpochEnd, EpochStart, FitEnd, FitStart, History, StepEnd, at
 
 TRAIN, VAL = class_batches(8, 8, 3), class_batches(16, 5)
 
@@ -603,3 +604,35 @@ def test_secrets_of_the_command_line_are_written_nowhere(
     run = RunDirectory(tmp_path)
     make_trainer(run).fit(TRAIN, epochs=1)
     assert json.loads((run.path / "environment.json").read_text())["command"] == ["my_key_train.py", *written]
+
+
+def test_two_runs_in_two_threads_have_a_log_each(tmp_path: Path) -> None:
+    """The lines of camshaft go to their own run, also after the other run has ended; those of others to both."""
+    both_run, first_is_over = threading.Barrier(2, timeout=20), threading.Event()
+    first, second = RunDirectory(tmp_path / "first"), RunDirectory(tmp_path / "second")
+
+    def train(run: RunDirectory, value: float) -> None:
+        engine = Engine(lambda engine, batch: {"value": value}, callbacks=[run])
+        engine.subscribe(FitStart, lambda event: both_run.wait() and None)
+        if run is second:
+            engine.subscribe(EpochStart, lambda event: first_is_over.wait(20) and None, when=at(2))
+        engine.subscribe(EpochEnd, lambda event: logging.getLogger("own").info("value is %s", value), when=at(1))
+        engine.fit([torch.zeros(1)], epochs=2)
+
+    def train_first() -> None:
+        train(first, 1.0)
+        first_is_over.set()
+
+    with bare_logging() as root:
+        threads = [threading.Thread(target=train_first), threading.Thread(target=train, args=(second, 2.0))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert root.level == logging.WARNING
+    for run, mine, other in ((first, "1.0000", "2.0000"), (second, "2.0000", "1.0000")):
+        log = (run.path / "log.log").read_text()
+        assert log.count(f"train_value {mine}") == 2
+        assert f"train_value {other}" not in log
+        assert log.count("Run directory:") == log.count("End of the run") == 1
+        assert f"value is {mine[:3]}" in log
