@@ -72,7 +72,9 @@ class Penalty(Callback):
 class FreezeUntil(Callback):
     """Keeps parameters still until an epoch begins; then they learn with the rest.
 
-    They must be in the optimizer from the start: an optimizer skips what has no gradient.
+    They must be in the optimizer from the start: an optimizer skips what has no gradient. Only parameters are kept
+    still: the running statistics of batch normalisation are buffers, and move with each batch unless such a layer is
+    in eval mode.
 
     Args:
         epoch: the first epoch in which they learn; at least 2.

@@ -20,8 +20,8 @@ logger = logging.getLogger("camshaft")
 class TensorBoard(Callback):
     """Writes each epoch's ``train_*`` values and each validation's ``val_*`` values, over steps, as tensorboardX does.
 
-    If validations are made in mid-epoch, the training values are those of the steps between them; those of the steps
-    after the last validation of an epoch are only in the history.
+    If validations are made in mid-epoch, the training values are those of the steps between them, beginning anew with
+    each epoch; those of the steps after the last validation of an epoch are only in the history.
 
     A resumed run lets TensorBoard drop what the directory has from the resumed step on, also curves that others wrote,
     and writes its own values of that step again, so that each step is there once.

@@ -29,7 +29,8 @@ class History(Mapping[str, list[float]]):
 
     Columns are ``epoch``, ``step`` and every recorded value under its stage's name. An epoch without a
     validation has NaN in the ``val_*`` columns; one with several has the last. All of them, each with its
-    step, are in ``validations``; one in mid-epoch has the averages of the training steps since the one before, too.
+    step, are in ``validations``; one in mid-epoch has the averages of the training steps, too, since the
+    one before it or the epoch's start, whichever is later.
     ``reason`` says why the run ended.
 
     >>> history = History()

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from camshaft.engine import ConfigurationError, Engine, History
 
@@ -142,3 +143,10 @@ def test_a_history_round_trips_through_its_state() -> None:
     copy = History()
     copy.load_state_dict(history().state_dict())
     assert copy.rows == history().rows
+
+
+def test_training_averages_of_a_validation_begin_anew_with_each_epoch() -> None:
+    """They are since the validation before it or the epoch's start, whichever is later."""
+    engine = Engine(lambda engine, batch: {"value": engine.step} if engine.training else None)
+    engine.fit([torch.zeros(1)] * 3, [torch.zeros(1)], epochs=2, validate_every="2 steps")
+    assert [(row["step"], row["train_value"]) for row in engine.history.validations] == [(2, 1.5), (4, 4.0), (6, 5.5)]

@@ -850,22 +850,22 @@ METRICS: dict[str, tuple[Task, Make]] = {
     "PSNR": (IMAGES, lambda: im.PSNR(1.0)),
     "SSIM": (IMAGES, lambda: im.SSIM(1.0)),
     "Perplexity": (TOKENS, im.Perplexity),
+    "CohenKappa": (MULTICLASS, lambda: im.CohenKappa(lambda output: (output[0].argmax(1), output[1]))),
+    "Accuracy with an output_transform": (BINARY, lambda: im.Accuracy(rounded)),
+    "MultiLabelConfusionMatrix": (MULTILABEL, lambda: im.MultiLabelConfusionMatrix(3, rounded)),
+    "Average": (NUMBER, lambda: im.Average(lambda output: output[0].mean())),
+    "GeometricAverage": (NUMBER, lambda: im.GeometricAverage(lambda output: output[1].mean())),
 }
 METRICS |= {name: (MULTICLASS, getattr(im.clustering, name)) for name in CLUSTERING}
 METRICS |= {name: (NUMBER, getattr(im.regression, name)) for name in REGRESSION}
 
-# Their values are no numbers or tensors, they read the output through a function of their own, or they keep
-# something from batch to batch that only an engine of ignite's can tell them.
+# Their values are neither numbers nor one tensor, or they keep something from batch to batch that only an engine of
+# ignite's can tell them.
 ATTACHED: dict[str, tuple[Task, Make]] = {
     "ClassificationReport": (MULTICLASS, lambda: im.ClassificationReport(output_dict=True)),
     "RunningAverage": (MULTICLASS, lambda: im.RunningAverage(im.Accuracy())),
-    "CohenKappa": (MULTICLASS, lambda: im.CohenKappa(lambda output: (output[0].argmax(1), output[1]))),
-    "Accuracy with an output_transform": (BINARY, lambda: im.Accuracy(rounded)),
-    "MultiLabelConfusionMatrix": (MULTILABEL, lambda: im.MultiLabelConfusionMatrix(3, rounded)),
     "RocCurve": (BINARY, im.RocCurve),
     "PrecisionRecallCurve": (BINARY, im.PrecisionRecallCurve),
-    "Average": (NUMBER, lambda: im.Average(lambda output: output[0].mean())),
-    "GeometricAverage": (NUMBER, lambda: im.GeometricAverage(lambda output: output[1].mean())),
     "VariableAccumulation": (NUMBER, lambda: im.VariableAccumulation(lambda a, x: a + x.sum(), lambda out: out[0])),
 }
 

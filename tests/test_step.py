@@ -278,7 +278,11 @@ class OwnLoss(nn.Linear):
     [
         (lambda out: out.loss, prepare_batch, ["The loss is None", "must be among its inputs"]),
         (lambda out: out, lambda batch: (batch, None), ["of type SimpleNamespace", "output.loss"]),
-        (lambda out: out.los, prepare_batch, ["could not take the output, of type SimpleNamespace", "lambda output: ..."]),
+        (
+            lambda out: out.los,
+            prepare_batch,
+            ["could not take the output, of type SimpleNamespace", "lambda output: ..."],
+        ),
     ],
 )
 def test_a_model_that_computes_its_loss_itself_is_told_how(loss_fn: Any, prepare: Any, phrases: list[str]) -> None:
