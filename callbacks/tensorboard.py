@@ -56,6 +56,8 @@ class TensorBoard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step that a resumed run begins after."""
+        if self._resumed_step is not None:  # nothing was written since
+            return {"step": self._resumed_step}
         return {"step": self._engine.step} if self._engine is not None else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
