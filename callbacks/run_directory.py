@@ -53,9 +53,10 @@ class RunDirectory(Callback):
 
     It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers; but not
     camshaft's lines of another fit in another thread), ``settings.json``, ``environment.json`` (versions, machine,
-    command), ``handlers.txt`` (what runs, when and in which order) and ``history.csv``, with a row for each
-    epoch; with validations in mid-epoch also ``validations.csv``, with a row for each of them. During a fit the log goes
-    to the terminal as well, unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there is one.
+    command), ``handlers.txt`` (what runs, when and in which order) and ``history.csv``, with a row for each epoch;
+    with validations in mid-epoch also ``validations.csv``, with a row for each of them. During a fit the log goes to
+    the terminal as well, unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there
+    is one.
 
     The value of a setting or an option with ``key``, ``token``, ``password`` or ``secret`` in its name is written as
     ``***``, unless it is a number of keys or tokens.
