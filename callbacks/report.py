@@ -56,7 +56,7 @@ class Report(Callback):
         for name, (title, matrix) in self._matrices.items():
             figures[name] = draw_confusion(matrix, title=title, class_names=self._names(len(matrix)))
         for name, figure in figures.items():
-            path = self._directory / f"{name.replace('/', '-')}.png"
+            path = self._directory / f"{_as_file_name(name)}.png"
             try:
                 figure.savefig(path, dpi=120)
             except OSError as error:
@@ -71,6 +71,11 @@ class Report(Callback):
 
     def __repr__(self) -> str:
         return f"Report({str(self._wanted_directory) if self._wanted_directory else ''})"
+
+
+def _as_file_name(name: str) -> str:
+    """Return a value's name without what a file's name cannot have; long ones are cut."""
+    return "".join(letter if letter.isprintable() and letter not in "/\\" else "-" for letter in name)[:100]
 
 
 def draw_confusion(matrix: Tensor, *, title: str = "", class_names: Sequence[str] | None = None) -> Figure:

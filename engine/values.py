@@ -27,7 +27,12 @@ def format_values(values: Mapping[str, Any], names: Iterable[str] | None = None)
     'train_loss 0.1235  val_acc 0.5000'
     """
     chosen = scalars(values) if names is None else {name: values[name] for name in names}
-    return "  ".join(f"{name} {_short(value)}" for name, value in chosen.items())
+    return "  ".join(f"{_on_one_line(name)} {_short(value)}" for name, value in chosen.items())
+
+
+def _on_one_line(name: str) -> str:
+    """Return a name with what cannot be printed, such as a line break, written as in a Python string."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _short(value: float) -> str:

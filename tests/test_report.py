@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import math
 from pathlib import Path
@@ -284,3 +285,14 @@ def test_drawing_does_not_change_the_weights(tmp_path: Path) -> None:
         trainer.fit(TRAIN, VAL, epochs=2)
     for mine, other in zip(drawn.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "two\nlines", "a/b", "../up", "x" * 300])
+def test_a_value_may_have_any_name(name: str, tmp_path: Path) -> None:
+    """Its picture has a name that a file may have, an epoch is one line of the log, and the CSV has it as it is."""
+    run = RunDirectory(tmp_path)
+    Engine(lambda engine, batch: {name: 1.0}, callbacks=[run, Report()]).fit([torch.zeros(1)], epochs=1)
+    assert len(list(run.path.glob("*.png"))) == 1
+    assert "epoch 1/1" in next(line for line in (run.path / "log.log").read_text().splitlines() if "1.0000" in line)
+    with open(run.path / "history.csv", newline="") as file:
+        assert next(csv.reader(file))[2] == f"train_{name}"
