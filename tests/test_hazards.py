@@ -743,7 +743,7 @@ def test_watching_a_run_does_not_change_it(validate_every: str) -> None:
             trainer.subscribe(EpochEnd, lambda event: (torch.rand(3), np.random.rand()))
         data = TensorDataset(torch.randn(20, 2), torch.randn(20, 1))
         loader = DataLoader(data, batch_size=4, shuffle=True)
-        trainer.fit(loader, val, epochs=3, validate_every=val and validate_every)
+        trainer.fit(loader, val, epochs=3, validate_every=None if val is None else validate_every)
         return model.state_dict()
 
     noisy = DataLoader(TensorDataset(torch.randn(9, 2), torch.randn(9, 1)), batch_size=2, shuffle=True)
