@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ class BestCheckpoint(Callback):
         place = worse[0] if worse else len(self.kept)
         if value != value or place >= self.top_k:
             return
-        metric = self.monitor.name.replace("/", "_").replace("\\", "_")  # "val_loss/box" is no name of a file
+        metric = re.sub(r"[^\w.-]", "_", self.monitor.name, flags=re.ASCII)  # "val_loss/box" is not a file's name
         name = f"{metric}={value:.6g}-epoch={engine.epoch}-step={engine.step}.pt"
         kept = Kept(value, engine.epoch, engine.step, name)
         if self.directory is None:

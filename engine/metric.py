@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import first_tensor, tree_map
 from .errors import CheckpointError, ConfigurationError, DataError, can_take, did_you_mean
+from .values import check_name
 
 FunctionMetric = Callable[[Any, Any], Tensor | float]
 MetricName = str | tuple[str, ...]
@@ -220,6 +221,8 @@ def as_metrics(metrics: object) -> dict[str, Metric]:
     for name, metric in items.items():
         if not all(isinstance(part, str) for part in names_of(name)):
             raise ConfigurationError(f'A metric is named {name!r}. Name it by a string: {{"acc": ...}}.')
+        for part in names_of(name):
+            check_name(part, ConfigurationError)
         key = ", ".join(names_of(name))
         if key in found:
             raise ConfigurationError(f'Two metrics are named "{key}". Give one of them another name.')

@@ -14,6 +14,7 @@ from .errors import DataError
 from .meter import AverageMeter, Total, as_tensor, described, widest
 from .metric import ComputedMetric, FunctionMetric, Metric
 from .ranks import Ranks
+from .values import check_name
 
 
 class Record:
@@ -66,7 +67,7 @@ class Record:
         """Know that there are values of these names, although there are none here: other ranks may have some."""
         for name in names:
             if name not in self.meters:
-                _check_name(name)
+                check_name(name, DataError)
                 self.meters[name] = AverageMeter()
 
     def accumulate(self, name: str, value: float | Tensor, weight: float | Tensor) -> None:
@@ -101,6 +102,8 @@ class Record:
         everywhere = self._metric_states()
         for name, metric in self.computed.items():
             computed = metric.compute_together([states[name] for states in everywhere])
+            for key in computed:  # a collection names its values itself
+                check_name(key, DataError)
             if taken := (totals.keys() | values.keys()) & computed.keys():
                 raise DataError(
                     f'The metric "{name}" gives {sorted(taken)}, which exist already. Give it another name.'
@@ -274,6 +277,7 @@ def _check_name(name: object) -> None:
     """Refuse what cannot name a value; asked once for each."""
     if not isinstance(name, str):
         raise DataError(f'A value is named {name!r}. Give it a string: {{"loss": ...}}.')
+    check_name(name, DataError)
     if name == "weight":
         raise DataError(
             "A value is named weight, which is how the number of samples is stated. "

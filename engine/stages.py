@@ -13,7 +13,7 @@ from .errors import ConfigurationError, EngineStateError
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
 from .ranks import Ranks, Share
 from .record import Record
-from .values import prefixed
+from .values import check_name, prefixed
 
 
 class Nothing(enum.Enum):
@@ -99,7 +99,11 @@ class Stages:
         """Say that every stage will record this value besides its metrics, and whether more of it is better.
 
         A `Trainer` declares its loss. Declare what a handler of yours records, and others can watch it.
+
+        Raises:
+            ConfigurationError: if the name is longer than 100 characters or not printable.
         """
+        check_name(name, ConfigurationError)
         self.directions[name] = higher_is_better
 
     def __getitem__(self, stage: str) -> Record:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import refused
+from helpers import linear, make_trainer, refused
 from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
 
-from camshaft.callbacks import RunCheckpoint
-from camshaft.engine import AverageMeter, DataError, Engine
+from camshaft.callbacks import BestCheckpoint, RunCheckpoint
+from camshaft.engine import AverageMeter, ConfigurationError, DataError, Engine
 from camshaft.engine.record import Record
 from camshaft.engine.values import format_values
 
@@ -211,3 +212,40 @@ def test_a_weight_that_is_not_a_number_of_samples_is_refused(call: str, weight: 
 
     with refused(DataError, phrase):
         Engine(step).fit([1.0], epochs=1)
+
+
+BAD_NAMES = ["two\nlines", "nul\0", "\x1b[31mred", "tab\t", "\ud800", "a" * 101]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_would_break_a_line_or_a_file_is_refused(name: str) -> None:
+    """Before the first step where it is known, and otherwise when its first value is recorded."""
+    with refused(ConfigurationError, "A value is named", "at most 100 printable characters"):
+        make_trainer(metrics={name: lambda output, target: 0.0})
+    with refused(ConfigurationError, "A value is named", "at most 100 printable characters"):
+        Engine().stages.declare(name)
+    engine = Engine(lambda engine, batch: {name: 1.0})
+    with refused(DataError, "A value is named", "at most 100 printable characters"):
+        engine.fit([torch.ones(2)], epochs=1)
+    assert engine.step == 1
+
+
+def test_a_name_that_a_metric_gives_to_one_of_its_values_is_looked_at_too() -> None:
+    collection = MetricCollection({"two\nlines": MeanMetric()})
+    engine = Engine(lambda engine, batch: engine.measure(batch, 1.0))
+    engine.stages.add_metrics({"mean": collection})
+    with refused(DataError, "A value is named 'mean_two\\nlines'", "printable"):
+        engine.fit([torch.ones(2)], epochs=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "語" * 100, "../../x", "a b*[c]?", "\\", "%s{}"], ids=lambda name: ascii(name[:3])
+)
+def test_any_other_name_has_files_of_its_best_weights(name: str, tmp_path: Path) -> None:
+    """Whatever is in it, each file lies in the directory, and loads."""
+    best = BestCheckpoint(f"val_{name}", "max", tmp_path / "best", top_k=2)
+    engine = Engine(lambda engine, batch: {name: float(engine.epoch)}, model=linear(), callbacks=[best])
+    engine.fit([torch.ones(2)], [torch.ones(2)], epochs=3)
+    assert [kept.epoch for kept in best.kept] == [3, 2]
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"best.pt", *(kept.file for kept in best.kept)}
+    assert list(tmp_path.iterdir()) == [tmp_path / "best"]
