@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterable
 from typing import SupportsIndex, TypeGuard
 
 
+LONGEST_NAME = 100
+
+
 class CamshaftError(Exception):
     """The root of every error that camshaft raises itself."""
 
@@ -94,3 +97,16 @@ def whole_number(name: str, value: object, *, least: int) -> int:
             f"{name} is {value!r}, which is not a count. Pass a whole number of at least {least}."
         )
     return operator.index(value)
+
+
+def check_name(name: str, error: type[CamshaftError]) -> None:
+    """Refuse a name that would break a line of a log or be too long for the name of a file.
+
+    Raises:
+        CamshaftError: of the kind ``error``.
+    """
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise error(
+            f"A value is named {name!r:.60}, which is not a name for a table and a file. "
+            f"Give it a name of at most {LONGEST_NAME} printable characters."
+        )

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import first_tensor, tree_map
-from .errors import CheckpointError, ConfigurationError, DataError, can_take, did_you_mean
-from .values import check_name
+from .errors import CheckpointError, ConfigurationError, DataError, can_take, check_name, did_you_mean
 
 FunctionMetric = Callable[[Any, Any], Tensor | float]
 MetricName = str | tuple[str, ...]

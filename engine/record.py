@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from .batch import tree_map
-from .errors import DataError
+from .errors import DataError, check_name
 from .meter import AverageMeter, Total, as_tensor, described, widest
 from .metric import ComputedMetric, FunctionMetric, Metric
 from .ranks import Ranks
-from .values import check_name
 
 
 class Record:
@@ -67,7 +66,7 @@ class Record:
         """Know that there are values of these names, although there are none here: other ranks may have some."""
         for name in names:
             if name not in self.meters:
-                check_name(name, DataError)
+                _check_name(name)
                 self.meters[name] = AverageMeter()
 
     def accumulate(self, name: str, value: float | Tensor, weight: float | Tensor) -> None:

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 from torch import nn
 
 from .batch import num_samples
-from .errors import ConfigurationError, EngineStateError
+from .errors import ConfigurationError, EngineStateError, check_name
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
 from .ranks import Ranks, Share
 from .record import Record
-from .values import check_name, prefixed
+from .values import prefixed
 
 
 class Nothing(enum.Enum):

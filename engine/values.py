@@ -5,23 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import CamshaftError
-
-LONGEST_NAME = 100
-
-
-def check_name(name: str, error: type[CamshaftError]) -> None:
-    """Refuse a name that would break a line of a log or be too long for the name of a file.
-
-    Raises:
-        CamshaftError: of the kind ``error``.
-    """
-    if not name.isprintable() or len(name) > LONGEST_NAME:
-        raise error(
-            f"A value is named {name!r:.60}, which is not a name for a table and a file. "
-            f"Give it a name of at most {LONGEST_NAME} printable characters."
-        )
-
 
 def prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values under ``<stage>_<name>``.
