@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ logger = logging.getLogger("camshaft")
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One of the best: its value, when it was reached and the file that holds it."""
+    """One of the best: its value, when it was reached, the file that holds it, and that file's SHA-256."""
 
     value: float
     epoch: int
     step: int
     file: str
+    digest: str = ""  # in memory there is no file
 
 
 class BestCheckpoint(Callback):
@@ -52,8 +54,10 @@ class BestCheckpoint(Callback):
     names that tell value, epoch and step.
 
     A new file is whole and on the disk before an old one goes; a failed write warns, and training continues with
-    the old file. Of two equal values the earlier is better. NaN is never best. A resumed run continues with what is
-    kept; it warns and begins again if the best weights are not in its directory.
+    the old file. After a power cut ``best.optimizer.pt`` is of the moment of ``best.pt``, or missing. Of two equal
+    values the earlier is better. NaN is never best. A resumed run continues with what its state says was kept, told
+    by digests; it warns and begins again if the best weights are not in its directory, as when a later best has taken
+    their place and there is no runner-up.
 
     Args:
         monitor: the value to watch, such as ``"val_acc"``.
@@ -165,36 +169,37 @@ class BestCheckpoint(Callback):
             return
         metric = re.sub(r"[^\w.-]", "_", self.monitor.name, flags=re.ASCII)  # "val_loss/box" is not a file's name
         name = f"{metric}={value:.6g}-epoch={engine.epoch}-step={engine.step}.pt"
-        kept = Kept(value, engine.epoch, engine.step, name)
+        digest = ""
         if self.directory is None:
             if place == 0:
                 self._in_memory = copy.deepcopy(unwrap(engine.parts["model"]).state_dict())
-        elif not self._write(engine, self.directory, kept, is_best=place == 0):
+        elif not (digest := self._write(engine, self.directory, name, is_best=place == 0)):
             return
-        self.kept.insert(place, kept)
+        self.kept.insert(place, Kept(value, engine.epoch, engine.step, name, digest))
         self._prune()
 
-    def _write(self, engine: Engine, directory: Path, kept: Kept, *, is_best: bool) -> bool:
+    def _write(self, engine: Engine, directory: Path, name: str, *, is_best: bool) -> str:
         weights = unwrap(engine.parts["model"]).state_dict()
-        files: dict[Path, Any] = {directory / kept.file: weights} if self.top_k > 1 else {}
+        files: dict[Path, Any] = {directory / "best.pt": weights} if is_best else {}
+        if self.top_k > 1:
+            files[directory / name] = weights
         if is_best:
-            files[directory / "best.pt"] = weights
-            if isinstance(optimizer := engine.parts.get("optimizer"), torch.optim.Optimizer):
-                files[directory / "best.optimizer.pt"] = optimizer.state_dict()
-        if not self._save(directory, files):
-            return False
-        if is_best:
+            optimizer = engine.parts.get("optimizer")
+            state = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else None
+            files[directory / "best.optimizer.pt"] = state
+        digest = self._save(directory, files)
+        if digest and is_best:
             self._in_memory = None
-        return True
+        return digest
 
-    def _save(self, directory: Path, files: dict[Path, Any]) -> bool:
+    def _save(self, directory: Path, files: dict[Path, Any]) -> str:
+        """Write the files and return the first one's digest; "" if that failed."""
         try:
-            save_together(files)
+            return save_together(files)[0]
         except OSError as error:
             logger.warning("BestCheckpoint could not write in %s: %s. The earlier files stay, and training continues.",
                            directory, error.strerror or error)  # fmt: skip
-            return False
-        return True
+            return ""
 
     def _prune(self) -> None:
         for kept in self.kept[self.top_k :]:
@@ -216,21 +221,37 @@ class BestCheckpoint(Callback):
         for one in kept:
             _check_name(one.file)
         self.kept, self._in_memory = kept, state["in_memory"]
-        self._write_from_memory()
-        if kept and not self._has_weights():
-            logger.warning("The best weights of the resumed run are not in %s. BestCheckpoint starts again.",
-                           self.directory or "its checkpoint")  # fmt: skip
-            self.kept = []
+        if self._in_memory is not None:
+            self._write_from_memory(self._in_memory)
+        elif kept:
+            self._keep_what_is_there()
 
-    def _write_from_memory(self) -> None:
+    def _write_from_memory(self, weights: dict[str, Any]) -> None:
         """Write the best weights of a run that had no directory where this one has."""
-        if self.directory is None or self._in_memory is None:
-            return
-        if self._save(self.directory, {self.directory / "best.pt": self._in_memory}):
+        if self.directory is not None and (digest := self._write_best(self.directory, weights)):
+            self.kept[0] = replace(self.kept[0], digest=digest)
             self._in_memory = None
 
-    def _has_weights(self) -> bool:
-        return self._in_memory is not None or (self.path is not None and self.path.is_file())
+    def _write_best(self, directory: Path, weights: dict[str, Any]) -> str:
+        return self._save(directory, {directory / "best.pt": weights, directory / "best.optimizer.pt": None})
+
+    def _keep_what_is_there(self) -> None:
+        """Forget what is not in the directory: others may have taken its place after the state was saved."""
+        best, *others = self.kept
+        if self.directory is not None and self._has_best(self.directory, best):
+            self.kept[1:] = [one for one in others if _holds(self.directory / one.file, one.digest)]
+            return
+        logger.warning("The best weights of the resumed run are not in %s%s. BestCheckpoint starts again.",
+                       self.directory or "its checkpoint",
+                       ": best.pt is of another moment" if self.path and self.path.is_file() else "")  # fmt: skip
+        self.kept = []
+
+    def _has_best(self, directory: Path, best: Kept) -> bool:
+        """Return whether best.pt is the state's best; if it is another, but the best has its own file, it is again."""
+        if _holds(directory / "best.pt", best.digest):
+            return True
+        own = directory / best.file
+        return _holds(own, best.digest) and bool(self._write_best(directory, torch.load(own, weights_only=True)))
 
     def __repr__(self) -> str:
         return f"BestCheckpoint({self.monitor.name!r}, mode={self.monitor.mode!r}, top_k={self.top_k})"
@@ -243,3 +264,12 @@ def _check_name(file: object) -> None:
             f"A best checkpoint is kept as {file!r}, which is not the name of a file in a directory. "
             "Resume from another checkpoint."
         )
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Return whether there is a file with this content."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError:
+        return False

@@ -168,7 +168,11 @@ class RunCheckpoint(Callback):
     def _write(self, state: dict[str, Any], step: int) -> None:
         self.checkpoints.save(state, step)
         self._owns = True
-        self.checkpoints.prune(self.keep, self.keep_every)
+        try:
+            self.checkpoints.prune(self.keep, self.keep_every)
+        except OSError as error:  # the new one is good all the same
+            logger.warning("Older checkpoints could not be removed from %s: %s. The next save tries again.",
+                           self.checkpoints.path, error.strerror or error)  # fmt: skip
 
     def _failed(self, error: OSError, then: str) -> None:
         if self.on_error == "raise":

@@ -35,6 +35,8 @@ from camshaft.engine import (
     ensure_writable,
     format_values,
     is_plain_name,
+    remove_temporaries,
+    sync_directory,
     values_of,
     write_durably,
 )
@@ -96,13 +98,16 @@ class RunDirectory(Callback):
         """Go on in the directory of the run that is resumed, if it is still within ``root``."""
         name = state.get("name")
         earlier = self.path.with_name(name) if is_plain_name(name) else None
-        if earlier is None or not earlier.is_dir():
+        root = self.path.parent.resolve()
+        if earlier is None or not earlier.is_dir() or earlier.resolve().parent != root:  # a link may lead elsewhere
             logger.warning("The directory of the resumed run is not in %s. The run continues in %s.",
                            self.path.parent, self.path)  # fmt: skip
             return
         if earlier != self.path:
             self._remove_new_directory()
             self.run_directory = earlier
+            with contextlib.suppress(OSError):
+                remove_temporaries(earlier, "*.csv", "*.json", "handlers.txt")  # of a run that was killed
             self._describe()
 
     def _describe(self) -> None:
@@ -325,6 +330,7 @@ def _make_directory(root: Path) -> Path:
         except FileExistsError:
             number += 1
         else:
+            sync_directory(root)
             return path
 
 

@@ -38,7 +38,15 @@ from .events import (
     ValidationStart,
     ValidationStepEnd,
 )
-from .files import directory_for, ensure_writable, is_plain_name, remove_temporaries, save_together, write_durably
+from .files import (
+    directory_for,
+    ensure_writable,
+    is_plain_name,
+    remove_temporaries,
+    save_together,
+    sync_directory,
+    write_durably,
+)
 from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy
 from .meter import AverageMeter
@@ -136,6 +144,7 @@ __all__ = [
     "write_durably",
     "save_together",
     "remove_temporaries",
+    "sync_directory",
     "CheckpointDirectory",
     "run_state",
     "check_plain",

@@ -120,15 +120,31 @@ def save(path: Path, value: Any) -> None:
     save_together({path: value})
 
 
-def save_together(values: dict[Path, Any]) -> None:
-    """Write several files of one moment: they are renamed only when all are complete and on the disk."""
+def save_together(values: dict[Path, Any]) -> list[str]:
+    """Write several files of one moment; after a crash at any moment the others are of the first one's, or missing.
+
+    All are complete and on the disk before the first takes its name; what the others replace is removed before that.
+    None stands for a file that is not to exist. Return the SHA-256 of each file that was written.
+    """
+    first, *others = paths = [path for path, value in values.items() if value is not None]
     with _temporaries() as made:
-        for path, value in values.items():
-            on_cpu = tree_map(Tensor.cpu, value)
-            _write_temporary(path, partial(torch.save, on_cpu), made)
-        for path, temporary in zip(values, made, strict=True):
+        digests = [
+            _write_temporary(path, partial(torch.save, tree_map(Tensor.cpu, values[path])), made)[1] for path in paths
+        ]
+        _remove_durably([path for path in values if path != first and path.exists()])
+        os.replace(made[0], first)
+        sync_directory(first.parent)
+        for path, temporary in zip(others, made[1:], strict=True):
             os.replace(temporary, path)
-    for directory in {path.parent for path in values}:
+    for directory in {path.parent for path in others}:
+        sync_directory(directory)
+    return digests
+
+
+def _remove_durably(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink()
+    for directory in {path.parent for path in paths}:
         sync_directory(directory)
 
 

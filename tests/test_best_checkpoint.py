@@ -401,6 +401,33 @@ def test_best_weights_that_were_kept_in_memory_are_written_where_the_resumed_run
     assert (second.path, warned(caplog)) == (tmp_path / "best.pt", [])
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_best_that_came_after_the_resumed_state_is_never_taken_for_the_states_best(
+    top_k: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Epoch 3 was the best and was not in a checkpoint when the run was cut; made again, it is a worse one."""
+    first, second, third = (
+        BestCheckpoint("val_score", "max", tmp_path / "best", top_k=top_k, restore=True) for _ in range(3)
+    )
+    run_up_to(2, tmp_path / "run", [1.0, 3.0], [first])
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    run_up_to(3, tmp_path / "run", [1.0, 3.0, 5.0], [second])
+    assert epoch_of(tmp_path / "best" / "best.pt") == 3
+    engine = run_up_to(4, tmp_path / "cut", [1.0, 3.0, NAN, 2.0], [third])
+    found = [3.0, 2.0] if top_k == 2 else [2.0]  # of the k best, those that the lost epoch 3 did not push out
+    assert [kept.value for kept in third.kept] == found
+    assert epoch_of(tmp_path / "best" / "best.pt") == third.kept[0].epoch
+    assert engine.parts["model"].weight.unique().tolist() == [third.kept[0].epoch]
+    lost = f"The best weights of the resumed run are not in {tmp_path / 'best'}: best.pt is of another moment."
+    assert warned(caplog) == ([] if top_k == 2 else [f"{lost} BestCheckpoint starts again."])
+
+
+def test_the_optimizers_state_of_another_run_does_not_stay_beside_the_best_weights(tmp_path: Path) -> None:
+    (tmp_path / "best.optimizer.pt").touch()
+    run_script([1.0], BestCheckpoint("val_score", "max", tmp_path))
+    assert names(tmp_path) == {"best.pt"}
+
+
 @pytest.mark.parametrize("name", ["../x.pt", "/absolute", "", ".", "..", "a/b.pt", "a\\b.pt", "a\0b.pt", 3])
 def test_a_file_name_in_a_checkpoint_that_leads_elsewhere_is_refused(name: Any, tmp_path: Path) -> None:
     """A forged checkpoint can neither read, rename nor remove a file outside: nothing of it is taken over."""
@@ -484,7 +511,7 @@ def test_a_new_file_has_its_name_before_an_old_one_is_removed(tmp_path: Path) ->
     run = run_python(TRACED, tmp_path, Path(__file__).parent)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)[-3:] == [
-        ["os.rename", "val_score=3"], ["os.rename", "best.pt"], ["os.remove", "val_score=1"],
+        ["os.rename", "best.pt"], ["os.rename", "val_score=3"], ["os.remove", "val_score=1"],
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import threading
@@ -82,7 +83,7 @@ def test_files_of_one_moment_are_all_on_the_disk_before_one_takes_its_name(tmp_p
     assert contents(tmp_path) == {"a.pt": 2, "b.pt": 2}
 
 
-def test_whichever_call_fails_both_files_are_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_whichever_call_fails_what_is_there_is_whole_and_of_one_moment(tmp_path: Path) -> None:
     total = len(calls_of(tmp_path))
     for failing in range(1, total + 1):
         path = tmp_path / str(failing)
@@ -99,9 +100,24 @@ def test_whichever_call_fails_both_files_are_whole_and_nothing_else_is_left(tmp_
         with struck(strike), pytest.raises(OSError, match="Input/output"):
             save_together({path / "a.pt": 2, path / "b.pt": 2})
         left = contents(path)
-        assert left.keys() == {"a.pt", "b.pt"}
-        assert left["a.pt"] >= left["b.pt"], "the first takes its name first"
+        assert left.keys() <= {"a.pt", "b.pt"}
+        assert left.get("b.pt", left["a.pt"]) == left["a.pt"], "of another moment"
     assert total > 10
+
+
+def test_no_power_cut_leaves_files_of_two_moments(tmp_path: Path) -> None:
+    """Between the removal of the old second file and the new name of the first, and after that, there is a sync."""
+    save_together({tmp_path / "a.pt": 1, tmp_path / "b.pt": 1})
+    calls = [name for name in calls_of(tmp_path) if name in ("unlink", "replace", "fsync")]
+    assert calls == ["fsync", "fsync", "unlink", "fsync", "replace", "fsync", "replace", "fsync"]
+    assert contents(tmp_path) == {"a.pt": 2, "b.pt": 2}
+
+
+def test_a_file_that_is_not_to_exist_is_removed_and_the_others_digests_are_returned(tmp_path: Path) -> None:
+    save_together({tmp_path / "a.pt": 1, tmp_path / "b.pt": 1})
+    digests = save_together({tmp_path / "a.pt": 2, tmp_path / "b.pt": None, tmp_path / "c.pt": None})
+    assert contents(tmp_path) == {"a.pt": 2}
+    assert digests == [hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()]
 
 
 # Somebody who puts a link where a new file is about to be made, at the last moment.

@@ -583,6 +583,28 @@ def test_a_failed_save_warns_and_the_next_due_point_tries_again(
 
 
 @pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_checkpoint_is_good_although_older_ones_cannot_be_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, background: bool, on_error: str
+) -> None:
+    """That is warned of, ends no run, and is made up for by the next save."""
+    removals = 0
+
+    def strike(name: str) -> None:
+        nonlocal removals
+        removals += name == "unlink"
+        if name == "unlink" and removals in (2, 3):  # the first is of the trial of the directory
+            raise OSError(errno.EIO, "Input/output error")
+
+    trainer = small_trainer(tmp_path, keep=1, background=background, on_error=on_error)
+    with struck(strike), caplog.at_level(logging.WARNING):
+        trainer.fit(DATA, epochs=1)
+    assert [file.step for file in CheckpointDirectory(tmp_path).files()] == [6]
+    assert caplog.text.count(f"Older checkpoints could not be removed from {tmp_path}: Input/output error.") == 2
+    assert "could not be written" not in caplog.text
+
+
+@pytest.mark.parametrize("background", [False, True])
 def test_a_run_of_which_every_save_fails_trains_to_its_last_step_and_then_raises(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, background: bool
 ) -> None:

@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -496,6 +497,47 @@ def test_the_name_of_an_earlier_directory_that_leads_elsewhere_is_not_followed(
         assert run.path == path
     assert path.is_dir()
     assert caplog.text.count("The directory of the resumed run is not in") == 2
+
+
+def test_an_earlier_directory_that_is_a_link_to_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    """But the root itself may be a link, and a link may lead to another directory in the root."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "disk" / "first").mkdir(parents=True)
+    root = tmp_path / "runs"
+    root.symlink_to("disk")
+    (root / "out").symlink_to(tmp_path / "elsewhere")
+    (root / "latest").symlink_to("first")
+    run = RunDirectory(root, terminal=False)
+    for name, taken in (("out", False), ("latest", True), ("first", True)):
+        run.before_resume({"name": name})
+        assert (run.path == root / name) == taken
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_what_a_killed_run_left_half_written_is_removed_when_it_is_resumed(tmp_path: Path) -> None:
+    """Of its tables and of its descriptions; no other file is touched."""
+    run = RunDirectory(tmp_path, terminal=False)
+    Engine(lambda engine, batch: {"loss": 1.0}, callbacks=[run]).fit([torch.ones(1)], epochs=1)
+    half = [".history.csv.a1b2.tmp", ".validations.csv.a.tmp", ".settings.json.a.tmp", ".environment.json.a.tmp"]
+    for name in (*half, ".handlers.txt.a.tmp", ".mine.tmp", ".history.csv.swp"):
+        (run.path / name).touch()
+    again = RunDirectory(tmp_path, terminal=False)
+    again.before_resume(run.state_dict())
+    assert {path.name for path in run.path.glob(".*")} == {".mine.tmp", ".history.csv.swp"}
+
+
+def test_a_new_run_directory_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root in which it lies is synced after it was made."""
+    synced: dict[int, list[str]] = {}
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.listdir(tmp_path)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    run = RunDirectory(tmp_path)
+    assert synced == {tmp_path.stat().st_ino: [run.path.name]}
 
 
 @pytest.mark.parametrize("settings", ["fast", 3, ["lr", 0.1]])
