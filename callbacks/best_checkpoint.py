@@ -267,7 +267,9 @@ def _check_name(file: object) -> None:
 
 
 def _holds(path: Path, digest: str) -> bool:
-    """Return whether there is a file with this content."""
+    """Return whether there is a file, and not a link to one, with this content."""
+    if path.is_symlink():
+        return False
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest

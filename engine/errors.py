@@ -19,7 +19,6 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import SupportsIndex, TypeGuard
 
-
 LONGEST_NAME = 100
 
 
