@@ -124,7 +124,7 @@ def forged_checkpoints(root: Path, listener: Listener, share: int) -> Iterator[s
         try:
             run(own, epochs=3)
             ended = "resumed"
-        except CamshaftError as error:
+        except Exception as error:  # whichever it is: here only the files count
             ended = type(error).__name__
         listener.case = None
         yield f"{ended}: {path} {name}"
@@ -232,8 +232,8 @@ def test_a_path_in_the_state_of_a_handler_leads_to_no_file_outside(results: dict
 
 @pytest.mark.slow
 def test_a_path_anywhere_in_a_checkpoint_leads_to_no_file_outside(tmp_path: Path) -> None:
-    """Each string and each key."""
-    assert sum(check_forged_checkpoints(listened(tmp_path, 1, "forged_checkpoints")["forged_checkpoints"])) > 500
+    """Every fourth string and key, of all that there are."""
+    assert sum(check_forged_checkpoints(listened(tmp_path, 4, "forged_checkpoints")["forged_checkpoints"])) > 200
 
 
 def test_a_path_as_a_name_or_a_setting_leads_to_no_file_outside(results: dict[str, Result]) -> None:
