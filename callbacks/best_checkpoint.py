@@ -219,7 +219,7 @@ class BestCheckpoint(Callback):
         """
         kept = [Kept(**one) for one in state["kept"]]
         for one in kept:
-            _check_name(one.file)
+            _check(one)
         self.kept, self._in_memory = kept, state["in_memory"]
         if self._in_memory is not None:
             self._write_from_memory(self._in_memory)
@@ -257,13 +257,15 @@ class BestCheckpoint(Callback):
         return f"BestCheckpoint({self.monitor.name!r}, mode={self.monitor.mode!r}, top_k={self.top_k})"
 
 
-def _check_name(file: object) -> None:
-    """Refuse a name that would lead out of the directory, because the file of that name may be removed."""
-    if not is_plain_name(file):
+def _check(kept: Kept) -> None:
+    """Refuse what is not one of the best; a name must not lead out of the directory: the file of it may be removed."""
+    if not is_plain_name(kept.file):
         raise CheckpointError(
-            f"A best checkpoint is kept as {file!r}, which is not the name of a file in a directory. "
+            f"A best checkpoint is kept as {kept.file!r}, which is not the name of a file in a directory. "
             "Resume from another checkpoint."
         )
+    if not isinstance(kept.value, int | float) or not all(type(one) is int for one in (kept.epoch, kept.step)):
+        raise CheckpointError(f"A best checkpoint is kept as {kept!r:.80}. Resume from another checkpoint.")
 
 
 def _holds(path: Path, digest: str) -> bool:

@@ -61,7 +61,7 @@ class MicroBatch(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the number of parts."""
-        self.num_parts = state["num_parts"]
+        self.num_parts = whole_number("MicroBatch's num_parts", state["num_parts"], least=1)
 
     def __repr__(self) -> str:
         return f"MicroBatch({self.num_parts})"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,11 @@ from torch import nn
 
 from .callback import Callback
 from .checkpoint import CheckpointDirectory, check_plain, load_verified
-from .errors import CamshaftError, CheckpointError, ConfigurationError
+from .errors import CheckpointError, ConfigurationError
 from .record import Record
 from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
+from .state_check import impossible_values
+from .trial_step import trial_step
 from .weights import unwrap, weight_differences
 
 if TYPE_CHECKING:
@@ -124,59 +128,93 @@ def _find_at(path: Path) -> tuple[dict[str, Any], Path]:
 def load_state(engine: Engine, state: dict[str, Any], source: Path) -> dict[str, int]:
     """Load ``state`` into what the engine is made of; return its counters, which the engine sets itself.
 
-    The parts are compared before anything is loaded.
-
     Raises:
-        CheckpointError: if the file is of another seed or another architecture, or does not hold what it should.
+        CheckpointError: if the file is of another seed or another architecture, or does not hold what it should;
+            then all is as it was before.
     """
     _check_fit(engine, state, source, is_complete=True)
+    if problems := impossible_values(engine, state, named_callbacks(engine.callbacks)):
+        raise _not_a_checkpoint(source, _first_of(problems))
     try:
-        _load(engine, state)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, CamshaftError):
-            raise
-        raise CheckpointError(
-            f"{source} does not hold what a checkpoint holds ({error!r}). Use another checkpoint."
-        ) from error
+        with ExitStack() as undo:
+            _load(engine, state, undo)
+            undo.pop_all()
+    except (CheckpointError, ConfigurationError, MemoryError):
+        raise
+    except Exception as error:  # of a part or a handler: each has kinds of its own
+        raise _not_a_checkpoint(source, repr(error)) from error
     counters: dict[str, int] = state["counters"]
     return counters
 
 
-def _load(engine: Engine, state: dict[str, Any]) -> None:
-    for name, part in _stateful_parts(engine).items():
-        _unwrapped(part).load_state_dict(state["parts"][name])
+def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
+    """Load everything, the modules last: they were compared, so that no copy of their weights need be kept.
+
+    Args:
+        engine: the engine.
+        state: the state.
+        undo: is given what puts back all that was loaded.
+    """
+    parts = _stateful_parts(engine)
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    for name in parts.keys() - modules.keys():
+        _load_part(name, parts[name], state["parts"][name], undo)
     callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
-    for name in callbacks.keys() & saved.keys():
+    for name in [name for name in callbacks if name in saved]:
+        undo.callback(callbacks[name].load_state_dict, callbacks[name].state_dict())
         callbacks[name].load_state_dict(saved[name])
-    engine.update.load_state_dict(state["update"])
     record = engine.stages["train"]
+    undo.callback(record.reset)
+    _load_record(engine, [rank["train"] for rank in state["ranks"]], record)
+    undo.callback(engine.update.reset)
+    engine.update.load_state_dict(state["update"])
+    undo.callback(engine.history.load_state_dict, engine.history.state_dict())
     engine.history.load_state_dict(state["history"])
+    engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
+    undo.callback(set_rng_state, rng_state())
+    _load_rng(engine, state["ranks"], state["counters"]["step"])
+    for name, module in modules.items():
+        unwrap(module).load_state_dict(state["parts"][name])
     if missing := sorted(callbacks.keys() - saved.keys()):
         logger.warning("There is no state of: %s. They start from the beginning.", ", ".join(missing))
     if extra := sorted(saved.keys() - callbacks.keys()):
         logger.warning("There is state of handlers that are not attached now: %s.", ", ".join(extra))
-    engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
-    _load_ranks(engine, state["ranks"], record, state["counters"]["step"])  # random numbers last
 
 
-def _load_ranks(engine: Engine, states: list[dict[str, Any]], record: Record, step: int) -> None:
-    """Load this rank's own state; as many ranks as saved it continue exactly.
-
-    With another number of ranks, the open averages and metrics of all are put together on rank 0, and random numbers
-    of a rank that did not exist begin at what the seed says.
-    """
-    ranks, train = engine.ranks, [one["train"] for one in states]
-    if ranks.world == len(states):
-        record.load_state_dict(train[ranks.rank], engine.parts.device)
-    elif ranks.is_main:
-        record.load_state_dict(record.merged(train), engine.parts.device)
+def _load_record(engine: Engine, states: list[dict[str, Any]], record: Record) -> None:
+    """Load this rank's open averages and metrics; for another number of ranks, those of all are put together on rank 0."""
+    if engine.ranks.world == len(states):
+        record.load_state_dict(states[engine.ranks.rank], engine.parts.device)
+    elif engine.ranks.is_main:
+        record.load_state_dict(record.merged(states), engine.parts.device)
     else:
         record.reset()
-        record.expect(train[0]["meters"])
-    if ranks.rank < len(states):
-        set_rng_state(states[ranks.rank]["rng"])
+        record.expect(states[0]["meters"])
+
+
+def _load_rng(engine: Engine, states: list[dict[str, Any]], step: int) -> None:
+    """Load this rank's random numbers; those of a rank that the saved run did not have begin at what the seed says."""
+    if engine.ranks.rank < len(states):
+        set_rng_state(states[engine.ranks.rank]["rng"])
     else:
-        seed_everything(ranks.seed(engine.seed or 0, step))
+        seed_everything(engine.ranks.seed(engine.seed or 0, step))
+
+
+def _load_part(name: str, part: Any, saved: Any, undo: ExitStack) -> None:
+    """Load a part that is not a module."""
+    earlier = part.state_dict()
+    if not isinstance(part, torch.optim.Optimizer):
+        earlier = copy.deepcopy(earlier)
+    undo.callback(part.load_state_dict, earlier)  # an optimizer takes the same tensors back
+    part.load_state_dict(saved)
+    if isinstance(part, torch.optim.Optimizer) and (error := trial_step(part, earlier["param_groups"])):
+        raise TypeError(f"{name} could not step: {error!r}") from error
+
+
+def _not_a_checkpoint(source: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} does not hold what a checkpoint holds: {why}. Use another checkpoint; nothing was loaded."
+    )
 
 
 def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
@@ -198,16 +236,20 @@ def _check_shape(state: object, source: Path) -> None:
             "Use the version of camshaft that wrote it."
         )
     problems = _differences(state, SHAPE, "state")
-    if not problems:
-        ranks = state["ranks"]  # type: ignore[index]  # a dict, as was just seen
-        problems = ["state['ranks'] is empty"] if not ranks else []
-        for number, rank in enumerate(ranks):
-            problems += _differences(rank, _RANK, f"state['ranks'][{number}]")
+    if not problems and isinstance(state, dict):
+        for name in ("callbacks", "ranks"):
+            problems += _differences_within(state[name], name)
     if problems:
-        raise CheckpointError(
-            f"{source} does not hold what a checkpoint holds: {_first_of(problems)}. "
-            "Use another checkpoint; nothing was loaded."
-        )
+        raise _not_a_checkpoint(source, _first_of(problems))
+
+
+def _differences_within(states: dict[str, Any] | list[Any], name: str) -> list[str]:
+    """Return, in words, which of the states of callbacks, or of ranks, are not of their shape."""
+    if not states and isinstance(states, list):
+        return [f"state['{name}'] is empty"]
+    numbered = dict(enumerate(states)) if isinstance(states, list) else states
+    shapes = dict.fromkeys(numbered, _RANK if isinstance(states, list) else dict)
+    return _differences(numbered, shapes, f"state['{name}']")
 
 
 def _differences(value: object, shape: Any, name: str) -> list[str]:
