@@ -635,9 +635,10 @@ class Engine:
         """Where handlers write their files; None without a `RunDirectory`."""
         return next((one.run_directory for one in self.callbacks if one.run_directory is not None), None)
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise EngineStateError(
-            "An engine cannot be copied, because its handlers hold it. Make a second one, with callbacks of its own."
+            "An engine cannot be copied or pickled, because its handlers hold it. "
+            "Make a second one, with callbacks of its own; a RunCheckpoint saves what a run has reached."
         )
 
     # Listening -----------------------------------------------------------------------------------------

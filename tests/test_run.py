@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -393,10 +394,11 @@ def test_whatever_is_asked_of_a_run_outside_of_one_is_refused_by_its_name(
         getattr(make().run, name)
 
 
-def test_an_engine_is_not_copied() -> None:
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_is_neither_copied_nor_pickled(make: Callable[[Engine], object]) -> None:
     """The handlers of the copy would still act on the original."""
-    with refused(EngineStateError, "An engine cannot be copied"):
-        copy.deepcopy(after_a_run())
+    with refused(EngineStateError, "An engine cannot be copied or pickled", "RunCheckpoint"):
+        make(after_a_run())
 
 
 def test_skip_update_is_refused_when_no_update_is_about_to_be_made() -> None:
