@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class RunCheckpoint(Callback):
 
     Raises:
         ConfigurationError: for settings that cannot work; before the first step if the directory cannot be written,
-            or holds another run and ``resume`` was not asked for.
+            is in use by another run, or holds an earlier one and ``resume`` was not asked for.
         CheckpointError: at the first save, naming the key, if a part or handler keeps what cannot be loaded safely.
         OSError: at the end of the run, if its last save failed; or at the first failure if ``on_error="raise"``.
     """
@@ -93,17 +94,17 @@ class RunCheckpoint(Callback):
         self._owns = False  # whether this object has written in the directory
 
     def attach(self, engine: Engine) -> None:
-        """Look at the data and at the clock, too."""
+        """Look at the data and at the clock, too; let no other run write in the directory at the same time."""
         super().attach(engine)
+        engine.listeners.around("fit", self._locked)
         self._first_batch = engine.subscribe(BatchReady, self._say_exactness)
         if self.every_seconds is not None:
             engine.subscribe(StepEnd, lambda event: event.engine.run.save(), when=every_seconds(self.every_seconds))
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Look whether the directory can be written and is this run's."""
+        """Look whether the directory is this run's."""
         if self._writer is not None:
             self._writer.wait()  # an earlier run may have been stopped while it waited
-        ensure_writable(self.checkpoints.path, "RunCheckpoint")
         self.checkpoints.sweep()
         if self.checkpoints.files() and not self._owns and not event.engine.run.is_resuming:
             raise ConfigurationError(
@@ -132,6 +133,12 @@ class RunCheckpoint(Callback):
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        ensure_writable(self.checkpoints.path, "RunCheckpoint")
+        with self.checkpoints.locked():
+            yield
 
     def _say_exactness(self, event: BatchReady) -> None:
         """Log, once, how exactly the run could be resumed: its data are known now."""

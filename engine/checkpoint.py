@@ -9,7 +9,7 @@ import re
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .files import remove_temporaries, write_durably
+from .files import locked, remove_temporaries, write_durably
 
 logger = logging.getLogger("camshaft")
 
@@ -89,6 +89,14 @@ class CheckpointDirectory:
                 "Use another directory, or remove these files to start from the beginning."
             )
         return None
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the directory, which must be there, for the length of a ``with`` block.
+
+        Raises:
+            ConfigurationError: naming the process that has locked it.
+        """
+        return locked(self.path)
 
     def sweep(self) -> None:
         """Remove the temporary files of writers that were killed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -16,6 +17,14 @@ from torch import Tensor
 
 from .batch import tree_map
 from .errors import ConfigurationError
+
+try:
+    import fcntl as _fcntl
+except ImportError:
+    _fcntl = None  # type: ignore[assignment]  # Windows has none
+
+fcntl: Any = _fcntl
+logger = logging.getLogger("camshaft")
 
 
 def write_durably(
@@ -164,6 +173,81 @@ def ensure_writable(directory: Path, owner: str) -> None:
         raise ConfigurationError(
             f"{owner} cannot write in {directory}: {error.strerror}. Pass a directory that can be written."
         ) from error
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory that can be written; a lock ends with its process, however that ends.
+
+    Where locks do not work, that is logged, and nothing is locked.
+
+    Raises:
+        ConfigurationError: naming the process that has locked it, which may be this one.
+    """
+    lock = _lock(directory / ".lock")
+    try:
+        yield
+    finally:
+        if lock is not None and not lock.closed:
+            with contextlib.suppress(OSError):
+                (directory / ".lock").unlink()
+            lock.close()
+        _held.discard(lock)
+
+
+_held: set[BinaryIO | None] = set()
+
+
+def _let_go() -> None:
+    """Close the locks in a process that was forked, such as a loader's worker: it may live longer than the run."""
+    for lock in _held:
+        if lock is not None:
+            lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _lock(path: Path) -> BinaryIO | None:
+    if fcntl is None:
+        return None
+    try:
+        while not _is_at(path, lock := _try_to_lock(path)):  # the run before has ended just now, and removed its file
+            lock.close()
+    except OSError as error:
+        logger.warning("%s cannot be locked: %s. Let no second run write there.", path.parent, error.strerror or error)
+        return None
+    _held.add(lock)
+    return lock
+
+
+def _try_to_lock(path: Path) -> BinaryIO:
+    """Return the file, locked, with the number of this process in it."""
+    flags = os.O_CREAT | os.O_NOFOLLOW
+    lock = cast("BinaryIO", os.fdopen(os.open(path, flags | os.O_RDWR, 0o666), "r+b", buffering=0))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate()
+        lock.write(str(os.getpid()).encode())
+    except BlockingIOError as error:
+        with lock:
+            holder = lock.read().decode(errors="replace") or "of an unknown number"
+        raise ConfigurationError(
+            f"{path.parent} is in use by another run, in process {holder}. "
+            "Pass another directory, or wait until that run has ended."
+        ) from error
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _make_directory(directory: Path) -> None:
