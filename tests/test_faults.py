@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import atexit
+import builtins
+import errno
 import math
+import os
+import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import class_batches, refused
+from helpers import Failing, class_batches, make_trainer, refused
 from torch import Tensor, nn
 from torchmetrics.classification import Accuracy
 
@@ -24,10 +30,12 @@ from camshaft.callbacks import (
     EarlyStopping,
     FreezeUntil,
     MicroBatch,
+    Report,
     RunCheckpoint,
     RunDirectory,
     Schedule,
     StopOnNonFinite,
+    TensorBoard,
     WeightAverage,
 )
 from camshaft.engine import (
@@ -302,3 +310,129 @@ def test_the_state_of_a_handler_is_a_dict_before_any_handler_looks_into_it(garba
     with refused(CheckpointError, f"state['callbacks']['RunDirectory'] is {garbage!r}", "nothing was loaded"):
         fit(trainer, resume="auto")
     assert files_in(tmp_path) == files
+
+
+# Disks that fail ---------------------------------------------------------------------------------------------
+
+ERRORS = [errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.ESTALE]
+CALLS = ("open", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir", "listdir", "scandir")
+
+
+class Disk:
+    """Counts the calls that touch a directory, and lets the one of a number fail; 0 lets none fail."""
+
+    def __init__(self, directory: Path, failing: int = 0, code: int = errno.EIO) -> None:
+        self.directory, self.failing, self.code = str(directory), failing, code
+        self.calls: list[str] = []
+        self._lock = threading.Lock()
+        self._descriptors: set[int] = set()
+
+    def touch(self, name: str, target: object) -> None:
+        with self._lock:
+            self.calls.append(f"{name} {Path(str(target)).name}")
+            fails = len(self.calls) == self.failing
+        if fails:
+            raise OSError(self.code, os.strerror(self.code))
+
+    def owns(self, target: object) -> bool:
+        return target in self._descriptors if isinstance(target, int) else str(target).startswith(self.directory)
+
+    def before(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any = ".", *arguments: Any, **settings: Any) -> Any:
+            if not self.owns(target):
+                return function(target, *arguments, **settings)
+            self.touch(name, target)
+            result = function(target, *arguments, **settings)
+            if name != "open":
+                return result
+            self._descriptors.add(result if isinstance(result, int) else result.fileno())
+            return result if isinstance(result, int) else Failing(result, lambda name: self.touch(name, target))
+
+        return call
+
+    @contextmanager
+    def working(self) -> Iterator[Disk]:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(builtins, "open", self.before("open", builtins.open))
+        for name in CALLS:
+            patch.setattr(os, name, self.before(name, getattr(os, name)))
+        try:
+            yield self
+        finally:
+            patch.undo()
+
+
+def writing_trainer(directory: Path, *, background: bool, draws: bool) -> Engine:
+    """A run with every handler that writes files; drawing takes its time."""
+    callbacks: list[Callback] = [
+        RunDirectory(directory / "runs", terminal=False),
+        BestCheckpoint("val_loss", "min", top_k=2),
+        TensorBoard(),
+        RunCheckpoint(directory / "checkpoints", every_steps=2, background=background),
+    ]
+    return make_trainer(*callbacks, *([Report()] if draws else []))
+
+
+def first_and_last(calls: list[str]) -> list[int]:
+    """The numbers of the first and the last call of each kind for each file, whatever is random in its name."""
+    kinds: dict[str, list[int]] = {}
+    for number, call in enumerate(calls, start=1):
+        kinds.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "", call), []).append(number)
+    return sorted({number for numbers in kinds.values() for number in (numbers[0], numbers[-1])})
+
+
+def check_faults(directory: Path, *, background: bool, draws: bool, every: int, logged: Callable[[], str]) -> int:
+    """Let calls fail in turn, and look at what is left; return how many."""
+    through = writing_trainer(directory / "0", background=background, draws=draws)
+    with Disk(directory / "0").working() as disk:
+        through.fit(DATA, DATA[:1], epochs=2)
+    numbers = first_and_last(disk.calls)[::every]
+    for number in numbers:
+        where = directory / str(number)
+        trainer = writing_trainer(where, background=background, draws=draws)
+        disk, raised = Disk(where, number, ERRORS[number % len(ERRORS)]), None
+        logged()
+        try:
+            with disk.working():
+                trainer.fit(DATA, DATA[:1], epochs=2)
+        except (OSError, ConfigurationError) as error:
+            raised = error
+        failed = disk.calls[number - 1]
+        assert raised is not None or "could not" in logged() or failed == "unlink .lock", failed
+        assert trainer.step == (0 if isinstance(raised, ConfigurationError) or failed == "open log.log" else 8), failed
+        if trainer.step:
+            assert frozen(trainer.parts["model"].state_dict()) == frozen(through.parts["model"].state_dict()), failed
+            assert CheckpointDirectory(where / "checkpoints").load_newest() is not None, failed
+        trainer.fit(DATA, DATA[:1], epochs=1)
+        found = CheckpointDirectory(where / "checkpoints").load_newest()
+        assert found is not None, failed
+        assert found[0]["counters"]["step"] == trainer.step, failed
+    return len(numbers)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Returns what was logged, or printed instead, since the last call."""
+
+    def read() -> str:
+        text = caplog.text + capsys.readouterr().err
+        caplog.clear()
+        return re.sub("TensorBoard stops writing|cannot be locked", "could not", text)
+
+    return read
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_whichever_call_fails_training_ends_as_without_it_and_the_next_save_succeeds(
+    tmp_path: Path, background: bool, logged: Callable[[], str]
+) -> None:
+    """A sample; only a failure before the first step ends a run, and every failure is told."""
+    assert check_faults(tmp_path, background=background, draws=False, every=9, logged=logged) > 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_of_each_call_and_file_the_first_or_the_last_may_fail(
+    tmp_path: Path, background: bool, logged: Callable[[], str]
+) -> None:
+    assert check_faults(tmp_path, background=background, draws=True, every=1, logged=logged) > 60
