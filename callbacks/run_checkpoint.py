@@ -105,8 +105,7 @@ class RunCheckpoint(Callback):
         """Look whether the directory is this run's."""
         if self._writer is not None:
             self._writer.wait()  # an earlier run may have been stopped while it waited
-        self.checkpoints.sweep()
-        if self.checkpoints.files() and not self._owns and not event.engine.run.is_resuming:
+        if self._has_files() and not self._owns and not event.engine.run.is_resuming:
             raise ConfigurationError(
                 f"{self.checkpoints.path} holds checkpoints of an earlier run. "
                 'Continue it with fit(..., resume="auto"), or pass another directory.'
@@ -133,6 +132,17 @@ class RunCheckpoint(Callback):
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def _has_files(self) -> bool:
+        """Remove what killed runs have left, and return whether there are checkpoints."""
+        try:
+            self.checkpoints.sweep()
+            return bool(self.checkpoints.files())
+        except OSError as error:
+            raise ConfigurationError(
+                f"RunCheckpoint cannot look into {self.checkpoints.path}: {error.strerror or error}. "
+                "Look for the cause, and start again."
+            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
