@@ -399,7 +399,11 @@ def check_faults(directory: Path, *, background: bool, draws: bool, every: int, 
         except (OSError, ConfigurationError) as error:
             raised = error
         failed = disk.calls[number - 1]
-        assert raised is not None or "could not" in logged() or failed == "unlink .lock", failed
+        is_closing = failed == "flush log.log" and failed not in disk.calls[number:]  # its records were flushed before
+        is_harmless = (
+            is_closing or failed == "unlink .lock" or failed.startswith("mkdir ")
+        )  # of a directory that is there
+        assert raised is not None or "could not" in logged() or is_harmless, failed
         assert trainer.step == 8 or (trainer.step == 0 and raised is not None), failed
         if trainer.step:
             assert frozen(trainer.parts["model"].state_dict()) == frozen(through.parts["model"].state_dict()), failed
