@@ -182,7 +182,7 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
 
 
 def _load_record(engine: Engine, states: list[dict[str, Any]], record: Record) -> None:
-    """Load this rank's open averages and metrics; for another number of ranks, those of all are put together on rank 0."""
+    """Load this rank's open averages and metrics; of another number of ranks, all are put together on rank 0."""
     if engine.ranks.world == len(states):
         record.load_state_dict(states[engine.ranks.rank], engine.parts.device)
     elif engine.ranks.is_main:
