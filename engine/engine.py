@@ -48,7 +48,7 @@ from .parts import Parts, check_parts
 from .plan import Plan
 from .ranks import Ranks, check_joined
 from .renamed import OF_ENGINE, refuse_old_names
-from .rng import preserve_rng, seed_everything
+from .rng import generator_states, preserve_rng, seed_everything, set_generator_states
 from .run import NO_RUN, Phase, Run
 from .signals import handled_signals
 from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
@@ -339,6 +339,7 @@ class Engine:
         outer, self.current = self.current, CurrentStage(name, self.stages[name], num_batches(data))
         self.stages[name].reset()
         outer_step, self.validation_step = self.validation_step, 0
+        generators = generator_states(data)
         try:
             with preserve_rng(), torch.no_grad(), self.parts.preserve_modes():
                 for module in self.parts.modules().values():
@@ -346,6 +347,7 @@ class Engine:
                 with self.scope("evaluation"):
                     yield self.current
         finally:
+            set_generator_states(data, generators)
             self.current = outer
             if outer.name not in ("", "train"):  # an evaluation within a validation
                 self.validation_step = outer_step

@@ -149,6 +149,18 @@ def test_watching_changes_nothing(tmp_path: Path, validate_every: str) -> None:
     assert_identical(watched.parts["model"], by_hand(3))
 
 
+def test_a_validation_leaves_the_generator_of_its_loader_as_it_was() -> None:
+    """So each one reads in the same order, also that of a run that is resumed; training may share the generator."""
+    generator = torch.Generator().manual_seed(5)
+    before, orders = generator.get_state(), []
+    val = DataLoader(TensorDataset(torch.arange(9)), batch_size=3, shuffle=True, generator=generator)
+    engine = Engine(lambda engine, batch: None if engine.training else orders.append(batch[0].tolist()))
+    engine.fit([1, 2], val, epochs=2)
+    engine.evaluate(val)
+    assert orders[:3] == orders[3:6] == orders[6:]
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_the_three_styles_give_the_same_weights_and_history() -> None:
     """Script, function and class style are one loop."""
 
