@@ -94,10 +94,15 @@ def has_positions(data: object) -> TypeGuard[DataLoader[Any]]:
 
 def foreign_sampler(loader: DataLoader[Any]) -> str | None:
     """Return the name of the class of a sampler that is not torch's; None if all of them are."""
-    batch_sampler = loader.batch_sampler
-    samplers = (loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    names = (type(sampler).__name__ for sampler in samplers if not type(sampler).__module__.startswith("torch."))
-    return next((name for name in names if name != "NoneType"), None)
+    names = (type(one).__name__ for one in samplers(loader) if not type(one).__module__.startswith("torch."))
+    return next(names, None)
+
+
+def samplers(data: object) -> list[Any]:
+    """Return the samplers of a loader: its own, its batch sampler and that of its batch sampler."""
+    batch_sampler = getattr(data, "batch_sampler", None)
+    found = (getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    return list({id(one): one for one in found if one is not None}.values())
 
 
 class Stateful(Protocol):

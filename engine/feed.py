@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from .data import (
@@ -21,6 +20,7 @@ from .data import (
     num_batches,
     one_pass,
     repeat,
+    samplers,
 )
 from .divided import Divided, Division
 from .errors import DataError
@@ -98,17 +98,17 @@ class Feed:
         self.open(data)
         saved, self._saved = self._saved, None
         if saved is not None and saved["pass"] is not None:
-            now = self._pass = self._resumed(saved["pass"], saved["generators"], step)
+            now = self._pass = self._resumed(saved["pass"], saved["loader"], step)
         else:
             if saved is not None:
-                set_generator_states(self.data, saved["generators"])
+                set_generator_states(self.data, saved["loader"]["generators"])
             now = self._pass if self._pass is not None and self._epoch_length is not None else self._next(epoch, step)
         return self._repeated(now, step) if isinstance(data, repeat) else now.batches
 
     def _next(self, number: int, step: int) -> _Pass:
         """Begin a pass."""
         assert self.data is not None
-        rng = rng_state() | {"loader": generator_states(self.data)}
+        rng = rng_state() | {"loader": _loader_state(self.data)}
         batches = one_pass(self.data) if self._seeded is None else self._seeded.begin(number, skip=0)
         self._pass = _Pass(number, step, rng, batches)
         return self._pass
@@ -166,7 +166,7 @@ class Feed:
         if self._saved is not None or self.data is None:
             return self._saved
         return {
-            "generators": generator_states(self.data),
+            "loader": _loader_state(self.data),
             "pass": None if self._pass is None else self._position(self._pass, step),
         }
 
@@ -186,25 +186,43 @@ class Feed:
         """
         self._pass, self._saved = None, state
 
-    def _resumed(self, state: dict[str, Any], generators: list[torch.Tensor], step: int) -> _Pass:
-        data, consumed = self.data, state["consumed"]
+    def _resumed(self, state: dict[str, Any], loader: dict[str, Any], step: int) -> _Pass:
+        data, consumed, now = self.data, state["consumed"], rng_state()
         assert data is not None
+
+        def restore() -> None:
+            set_rng_state(now)
+            _set_loader_state(data, loader)
+
         if self._seeded is not None:
             batches = self._seeded.begin(state["epoch"], skip=consumed)
-        elif state["own"] is not None and is_stateful(loader := data):
-            loader.load_state_dict(state["own"])
+        elif state["own"] is not None and is_stateful(stateful := data):
+            stateful.load_state_dict(state["own"])
             batches = one_pass(data)
+            restore()  # a loader draws a seed for its workers when a pass begins
         else:
-            now = rng_state()
             set_rng_state(state["rng"])
-            set_generator_states(data, state["rng"]["loader"])
-
-            def restore_generators() -> None:
-                set_rng_state(now)
-                set_generator_states(data, generators)
-
-            batches = _skip_batches(data, consumed, restore_generators)
+            _set_loader_state(data, state["rng"]["loader"])
+            batches = _skip_batches(data, consumed, restore)
         return _Pass(state["epoch"], step - consumed, state["rng"], batches)
+
+
+def _loader_state(data: object) -> dict[str, Any]:
+    """Return what decides the order of a loader's next pass: its generators, and the epochs its samplers were told."""
+    told = [one.epoch if _is_told(one) else None for one in samplers(data)]
+    return {"generators": generator_states(data), "epochs": told}
+
+
+def _set_loader_state(data: object, state: dict[str, Any]) -> None:
+    set_generator_states(data, state["generators"])
+    for sampler, epoch in zip(samplers(data), state["epochs"], strict=False):
+        if epoch is not None and _is_told(sampler):
+            sampler.set_epoch(epoch)
+
+
+def _is_told(sampler: object) -> bool:
+    """Return whether a sampler is told the epoch, as a DistributedSampler is."""
+    return callable(getattr(sampler, "set_epoch", None)) and type(getattr(sampler, "epoch", None)) is int
 
 
 def _exactness_with_workers(loader: DataLoader[Any]) -> str:
@@ -252,7 +270,7 @@ def _skip_batches(data: Data, num: int, on_skipped: Callable[[], None]) -> Itera
         if data.batch_sampler is not None:
             return one_pass(loader_like(data, batch_sampler=_SkippingSampler(data.batch_sampler, num, on_skipped)))
         return one_pass(loader_like(data, sampler=_SkippingSampler(data.sampler, num, on_skipped), batch_size=None))
-    if isinstance(data, Sequence):
+    if isinstance(data, Sequence) and _is_plain(data):
         on_skipped()
         return itertools.islice(data, num, None)
     batches = one_pass(data)
@@ -260,6 +278,11 @@ def _skip_batches(data: Data, num: int, on_skipped: Callable[[], None]) -> Itera
         pass
     on_skipped()
     return batches
+
+
+def _is_plain(data: object) -> bool:
+    """Return whether reading from it draws no random numbers; a sequence of another kind may make what it gives."""
+    return type(data) in (list, tuple, range)
 
 
 def _too_short(num: int, epoch_length: int, where: str) -> str:

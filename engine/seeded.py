@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, get_worker_info
 
 from .batch import tree_map
-from .data import has_positions, loader_like, one_pass
+from .data import has_positions, loader_like, one_pass, samplers
 from .ranks import Ranks, Share
 from .rng import generator_states, mix, preserve_rng, seed_everything, set_generator_states
 
@@ -122,9 +122,10 @@ class _PositionedBatches:
 
     def _foreign(self, epoch: int, skip: int) -> Iterator[list[Any]]:
         """Run a sampler of another kind under the epoch's seed, also its own torch generators."""
-        sampler, own = self._loader.sampler, generator_states(self._loader)
-        if callable(set_epoch := getattr(sampler, "set_epoch", None)):
-            set_epoch(epoch)
+        own = generator_states(self._loader)
+        for sampler in samplers(self._loader):
+            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                set_epoch(epoch)
         seed = mix(self._seed, epoch, 1) % 2**63
         with preserve_rng():
             seed_everything(seed)

@@ -4,7 +4,7 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,16 @@ import pytest
 import torch
 from helpers import loader_of, num_calls, pairs, refused, regression
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, repeat
 from camshaft.engine.data import check_data, num_batches
@@ -224,6 +233,22 @@ def test_batches_in_a_list_are_skipped_by_slicing() -> None:
     assert again == through == [5, 6]
 
 
+def test_batches_that_are_made_when_they_are_read_are_replayed() -> None:
+    """So that the random numbers of the reading are drawn before the generators are set to where they were."""
+
+    class Made(Sequence[Any]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: Any) -> Any:
+            if index >= 6:
+                raise IndexError(index)
+            return index, float(torch.rand(()))
+
+    through, again = resumed(Made())
+    assert again == through
+
+
 def test_an_iterable_is_replayed() -> None:
     through, again = resumed(lambda: iter("abcdef"))
     assert again == through == ["e", "f"]
@@ -262,6 +287,58 @@ def test_a_loader_with_a_state_of_its_own_is_asked_for_it() -> None:
 
     through, again = resumed(Stateful())
     assert again == through == [5, 6]
+
+
+def test_a_loader_with_a_state_of_its_own_may_draw_a_seed_when_it_begins() -> None:
+    """As torch's loaders do; the random numbers of the batches after it are those that they would have been."""
+
+    class Stateful:
+        position = 0
+
+        def __iter__(self) -> Iterator[tuple[int, float]]:
+            torch.rand(())
+            return self.read()
+
+        def read(self) -> Iterator[tuple[int, float]]:
+            while self.position < 6:
+                self.position += 1
+                yield self.position, float(torch.rand(()))
+
+        def state_dict(self) -> int:
+            return self.position
+
+        def load_state_dict(self, state: int) -> None:
+            self.position = state
+
+    through, again = resumed(Stateful())
+    assert again == through
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("in_batch_sampler", [False, True])
+def test_a_sampler_that_was_told_its_epoch_resumes_in_it(seed: int | None, in_batch_sampler: bool) -> None:
+    """In another process, whose sampler was not told; the next pass has the epoch that was told last."""
+
+    def build() -> DataLoader[Any]:
+        sampler: DistributedSampler[int] = DistributedSampler(Doubled(12), 2, 1)
+        if in_batch_sampler:
+            return DataLoader(Doubled(12), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+        return DataLoader(Doubled(12), 2, sampler=sampler)
+
+    def tell(loader: DataLoader[Any], epoch: int) -> None:
+        (loader.batch_sampler.sampler if in_batch_sampler else loader.sampler).set_epoch(epoch)  # type: ignore[union-attr]
+
+    loader, feed = build(), Feed(seed, epoch_length=2)
+    tell(loader, 7)
+    reading = feed.begin(repeat(loader), 1, 0)
+    next(reading)
+    tell(loader, 8)
+    state = feed.state_dict(1)
+    through = [next(reading)[:, 0].tolist() for _ in range(8)]
+
+    again = Feed(seed, epoch_length=2)
+    again.load_state_dict(state)
+    assert [batch[:, 0].tolist() for batch in itertools.islice(again.begin(repeat(build()), 1, 1), 8)] == through
 
 
 class Backwards(Sampler[int]):
