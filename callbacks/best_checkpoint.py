@@ -20,6 +20,7 @@ from camshaft.engine import (
     Engine,
     FitEnd,
     FitStart,
+    Ranks,
     ensure_writable,
     is_plain_name,
     load_weights,
@@ -88,6 +89,7 @@ class BestCheckpoint(Callback):
         self.directory: Path | None = self._wanted_directory
         self.kept: list[Kept] = []  # best first
         self._in_memory: dict[str, Any] | None = None
+        self._ranks = Ranks()  # until it is attached
 
     @property
     def best(self) -> Kept | None:
@@ -107,12 +109,17 @@ class BestCheckpoint(Callback):
                 "Write Engine(step, model=model, ...)."
             )
         super().attach(engine)
+        self._ranks = engine.ranks
         self.monitor.attach(engine, self._check)
 
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write, and whether that works."""
         run_directory = event.engine.directory
         self.directory = self._wanted_directory or (run_directory and run_directory / "checkpoints")
+        self.directory = self._ranks.shared(self.directory)
+        self._ranks.on_main(lambda: self._prepare(event))
+
+    def _prepare(self, event: FitStart) -> None:
         if self.directory is not None:
             others = [c for c in event.engine.callbacks if isinstance(c, BestCheckpoint) and c is not self]
             if any(other.directory == self.directory for other in others):
@@ -133,13 +140,20 @@ class BestCheckpoint(Callback):
             logger.info("Best %s %.6g at epoch %d, step %d%s", self.monitor.name, best.value, best.epoch, best.step,
                         f"  {self.path}" if self.path else "")  # fmt: skip
             if self.restore:
-                self._load_into(event.engine)
+                self._ranks.on_main(lambda: self._load_into(event.engine))
+                self._send(event.engine)
 
     def _load_into(self, engine: Engine) -> None:
         source = str(self.path or "The best checkpoint")
         load_weights(engine.parts["model"], self.weights(), source)
         if (average := engine.parts.get("weight_average")) is not None:
             load_weights(average.module, self.weights(), source)  # or evaluations would use a later average
+
+    def _send(self, engine: Engine) -> None:
+        """Let the other ranks have what rank 0 has loaded, unless one of them has failed."""
+        modules = [module for name, module in engine.parts.modules().items() if name in ("model", "weight_average")]
+        if not self._ranks.is_broken:
+            self._ranks.copy_from_main([t for module in modules for t in (*module.parameters(), *module.buffers())])
 
     def weights(self) -> dict[str, Any]:
         """Return the best weights.
@@ -170,11 +184,16 @@ class BestCheckpoint(Callback):
         metric = re.sub(r"[^\w.-]", "_", self.monitor.name, flags=re.ASCII)  # "val_loss/box" is not a file's name
         name = f"{metric}={value:.6g}-epoch={engine.epoch}-step={engine.step}.pt"
         digest = ""
-        if self.directory is None:
+        directory = self.directory
+        if directory is None:
             if place == 0:
                 self._in_memory = copy.deepcopy(unwrap(engine.parts["model"]).state_dict())
-        elif not (digest := self._write(engine, self.directory, name, is_best=place == 0)):
-            return
+        else:
+            digest = self._ranks.on_main(lambda: self._write(engine, directory, name, is_best=place == 0))
+            if not digest:
+                return
+            if place == 0:
+                self._in_memory = None
         self.kept.insert(place, Kept(value, engine.epoch, engine.step, name, digest))
         self._prune()
 
@@ -187,10 +206,7 @@ class BestCheckpoint(Callback):
             optimizer = engine.parts.get("optimizer")
             state = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else None
             files[directory / "best.optimizer.pt"] = state
-        digest = self._save(directory, files)
-        if digest and is_best:
-            self._in_memory = None
-        return digest
+        return self._save(directory, files)
 
     def _save(self, directory: Path, files: dict[Path, Any]) -> str:
         """Write the files and return the first one's digest; "" if that failed."""
@@ -203,7 +219,7 @@ class BestCheckpoint(Callback):
 
     def _prune(self) -> None:
         for kept in self.kept[self.top_k :]:
-            if self.directory is not None:
+            if self.directory is not None and self._ranks.is_main:
                 (self.directory / kept.file).unlink(missing_ok=True)
         del self.kept[self.top_k :]
 
@@ -221,9 +237,13 @@ class BestCheckpoint(Callback):
         for one in kept:
             _check(one)
         self.kept, self._in_memory = kept, state["in_memory"]
+        self._ranks.on_main(self._look_for_what_is_kept)
+        self.kept, self._in_memory = self._ranks.shared((self.kept, self._in_memory))
+
+    def _look_for_what_is_kept(self) -> None:
         if self._in_memory is not None:
             self._write_from_memory(self._in_memory)
-        elif kept:
+        elif self.kept:
             self._keep_what_is_there()
 
     def _write_from_memory(self, weights: dict[str, Any]) -> None:

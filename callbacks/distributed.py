@@ -95,6 +95,7 @@ class Distributed(Callback):
         for name, module in engine.parts.modules().items():
             self._check_batch_norm(name, module)
             self._replicate(engine, module)
+        engine.listeners.around("evaluation", lambda: _same_buffers(engine))
         engine.subscribe(GradientsReady, self._check_reduced)
 
     def _replicate(self, engine: Engine, module: nn.Module) -> None:
@@ -211,6 +212,13 @@ def _together(engine: Engine) -> Iterator[None]:
     """Let no rank leave a run that ended well before all of them have."""
     yield
     engine.ranks.total(0)
+
+
+@contextmanager
+def _same_buffers(engine: Engine) -> Iterator[None]:
+    """Evaluate on every rank with the buffers of rank 0, such as what its batch normalisations have seen."""
+    engine.ranks.copy_from_main([buffer for module in engine.parts.modules().values() for buffer in module.buffers()])
+    yield
 
 
 def start_group(timeout: float) -> None:

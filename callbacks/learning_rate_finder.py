@@ -23,6 +23,7 @@ from camshaft.engine import (
     whole_number,
 )
 
+from .distributed import Distributed
 from .micro_batch import StepInParts
 from .placement import Placement
 from .precision import MixedPrecision
@@ -82,10 +83,12 @@ class LearningRateFinder:
             (trainer.parts["model"], trainer.parts["optimizer"], trainer.parts["loss_fn"])
         )  # copied together, so that the optimizer holds the copy's parameters
         callbacks = [
+            *([Distributed()] if trainer.ranks.several else []),
             Placement(trainer.parts.device),
             *(MixedPrecision(c.precision) for c in trainer.callbacks if isinstance(c, MixedPrecision)),
         ]
-        scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=step.prepare_batch)
+        scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=step.prepare_batch,
+                        seed=trainer.seed if trainer.ranks.several else None)  # fmt: skip
         self.learning_rates, self.losses = [], []
         scout.subscribe(StepEnd, self._look)
         states = generator_states(train)
@@ -118,6 +121,8 @@ class LearningRateFinder:
     def _look(self, event: StepEnd) -> None:
         scout = event.engine
         loss = float(scout.stages["train"].meters["loss"].val)
+        if scout.current.share is not None:
+            loss = scout.ranks.total(loss * scout.current.share.weight)
         if self.losses:
             loss = self.smoothing * self.losses[-1] + (1 - self.smoothing) * loss
         self.learning_rates.append(self._rate(scout.step - 1))

@@ -33,7 +33,7 @@ class MicroBatch(Callback):
         num_parts: how many parts to begin with.
 
     Raises:
-        ConfigurationError: if attached to an engine that no `Trainer` made.
+        ConfigurationError: if attached to an engine that no `Trainer` made, or on several ranks.
         torch.OutOfMemoryError: if a single sample does not fit.
     """
 
@@ -44,6 +44,11 @@ class MicroBatch(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Wrap the trainer's step."""
+        if engine.ranks.several:
+            raise ConfigurationError(
+                f"MicroBatch divides a batch when a rank is out of memory, and the others of {engine.ranks.world} would "
+                "wait for its gradients. Pass a smaller batch_size with Accumulate(batches=...)."
+            )
         super().attach(engine)
         engine.wrap_step(self._wrapped)
 

@@ -86,7 +86,8 @@ class StopOnNonFinite(Callback):
 
     def _skip(self, event: GradientsReady) -> None:
         flag = self._flags.pop(event.optimizer, None)
-        if flag is not None and flag.any():
+        seen = float(flag is not None and bool(flag.any()))
+        if event.engine.ranks.total(seen):  # on several ranks, all leave it out
             event.engine.run.skip_update()
 
     def state_dict(self) -> dict[str, Any]:

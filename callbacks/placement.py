@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ class Placement(Callback):
     not a tensor and has a method ``to`` (a `PackedSequence`, transformers' ``BatchEncoding``) is moved by it.
 
     Args:
-        device: "auto" (CUDA, else MPS, else the CPU), or a device such as "cuda:1".
+        device: "auto" (CUDA, else MPS, else the CPU), or a device such as "cuda:1". Under "auto", each of the
+            ranks on a machine has a CUDA device of its own.
         channels_last: keep images [N, C, H, W] and convolutions in channels-last memory format.
 
     Raises:
@@ -56,7 +58,8 @@ class Placement(Callback):
 def _find(device: str | torch.device) -> torch.device:
     available = devices()
     if device == "auto":
-        return torch.device(available[0])
+        number = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
+        return torch.device(available[number] if number < torch.cuda.device_count() else available[0])
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):

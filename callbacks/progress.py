@@ -37,6 +37,8 @@ class ProgressBar(Callback):
         file: where to write; standard error by default.
     """
 
+    main_only = True
+
     def __init__(
         self, *, repaint_seconds: float = 0.1, line_seconds: float = 60.0, file: TextIO | None = None
     ) -> None:

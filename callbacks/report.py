@@ -32,6 +32,8 @@ class Report(Callback):
         ConfigurationError: before the first step, if there is nowhere to write.
     """
 
+    main_only = True
+
     def __init__(self, directory: str | Path | None = None, *, class_names: Sequence[str] | None = None) -> None:
         self._wanted_directory = None if directory is None else Path(directory)
         self.class_names = class_names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,16 +96,16 @@ class RunCheckpoint(Callback):
     def attach(self, engine: Engine) -> None:
         """Look at the data and at the clock, too; let no other run write in the directory at the same time."""
         super().attach(engine)
-        engine.listeners.around("fit", self._locked)
+        engine.listeners.around("fit", lambda: self._locked(engine))
         self._first_batch = engine.subscribe(BatchReady, self._say_exactness)
-        if self.every_seconds is not None:
+        if self.every_seconds is not None and engine.ranks.is_main:
             engine.subscribe(StepEnd, lambda event: event.engine.run.save(), when=every_seconds(self.every_seconds))
 
     def on_fit_start(self, event: FitStart) -> None:
         """Look whether the directory is this run's."""
         if self._writer is not None:
             self._writer.wait()  # an earlier run may have been stopped while it waited
-        if self._has_files() and not self._owns and not event.engine.run.is_resuming:
+        if event.engine.ranks.on_main(self._has_files) and not self._owns and not event.engine.run.is_resuming:
             raise ConfigurationError(
                 f"{self.checkpoints.path} holds checkpoints of an earlier run. "
                 'Continue it with fit(..., resume="auto"), or pass another directory.'
@@ -117,9 +117,9 @@ class RunCheckpoint(Callback):
         engine = event.engine
         here = (engine.epoch, engine.step, engine.run.phase, engine.num_validations)
         if here != self._saved_at and self._is_due(engine):
-            then = "The run is over" if engine.run.is_over else "Training continues"
-            self._wait(then)
-            self._save(engine, then)
+            state = run_state(engine)
+            self._error = engine.ranks.on_main(lambda: self._save(state, engine))
+            self._owns = self._owns or self._error is None
             self._saved_at = here if self._error is None else None
 
     def on_fit_end(self, event: FitEnd) -> None:
@@ -128,8 +128,7 @@ class RunCheckpoint(Callback):
         Raises:
             OSError: if it failed.
         """
-        self._wait("The run is over")
-        error, self._error = self._error, None
+        error, self._error = event.engine.ranks.on_main(lambda: self._wait("The run is over") or self._error), None
         if error is not None:
             raise error
 
@@ -145,9 +144,14 @@ class RunCheckpoint(Callback):
             ) from error
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        ensure_writable(self.checkpoints.path, "RunCheckpoint")
-        with self.checkpoints.locked():
+    def _locked(self, engine: Engine) -> Iterator[None]:
+        with ExitStack() as stack:
+
+            def lock() -> None:
+                ensure_writable(self.checkpoints.path, "RunCheckpoint")
+                stack.enter_context(self.checkpoints.locked())
+
+            engine.ranks.on_main(lock)
             yield
 
     def _say_exactness(self, event: BatchReady) -> None:
@@ -164,37 +168,39 @@ class RunCheckpoint(Callback):
             return self.every_steps is not None and engine.step % self.every_steps == 0
         return self.every_epochs is not None and engine.epoch % self.every_epochs == 0
 
-    def _save(self, engine: Engine, then: str) -> None:
-        state, self._error = run_state(engine), None
+    def _save(self, state: dict[str, Any], engine: Engine) -> OSError | None:
+        """Write the state, or begin to; return the error if that fails."""
+        then = "The run is over" if engine.run.is_over else "Training continues"
+        self._wait(then)
         if self._writer is not None:
             self._writer.start(state, engine.step)
-            return
+            return None
         try:
             self._write(state, engine.step)
         except OSError as error:
-            self._failed(error, then)
+            return self._failed(error, then)
+        return None
 
-    def _wait(self, then: str) -> None:
-        """Wait for a write in the background; its error counts as if it had been raised here."""
+    def _wait(self, then: str) -> OSError | None:
+        """Wait for a write in the background, and return its error if it was one of the disk."""
         error = None if self._writer is None else self._writer.wait()
         if isinstance(error, OSError):
-            self._failed(error, then)
-        elif error is not None:
+            return self._failed(error, then)
+        if error is not None:
             raise error
+        return None
 
     def _write(self, state: dict[str, Any], step: int) -> None:
         self.checkpoints.save(state, step)
-        self._owns = True
         try:
             self.checkpoints.prune(self.keep, self.keep_every)
         except OSError as error:  # the new one is good all the same
             logger.warning("Older checkpoints could not be removed from %s: %s. The next save tries again.",
                            self.checkpoints.path, error.strerror or error)  # fmt: skip
 
-    def _failed(self, error: OSError, then: str) -> None:
+    def _failed(self, error: OSError, then: str) -> OSError:
         if self.on_error == "raise":
             raise error
-        self._error = error
         logger.warning(
             "A checkpoint could not be written in %s: %s. %s; %s.",
             self.checkpoints.path,
@@ -202,6 +208,7 @@ class RunCheckpoint(Callback):
             then,
             self._what_is_good(),
         )
+        return error
 
     def _what_is_good(self) -> str:
         try:

@@ -35,6 +35,7 @@ from camshaft.engine import (
     ensure_writable,
     format_values,
     is_plain_name,
+    launched_rank,
     remove_temporaries,
     sync_directory,
     values_of,
@@ -58,7 +59,7 @@ class RunDirectory(Callback):
     command), ``handlers.txt`` (what runs, when and in which order) and ``history.csv``, with a row for each epoch;
     with validations in mid-epoch also ``validations.csv``, with a row for each of them. During a fit the log goes to
     the terminal as well, unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there
-    is one.
+    is one. On several ranks, rank 0 makes the directory, and the others write only a log there: ``log.rank1.log`` ...
 
     The value of a setting or an option with ``key``, ``token``, ``password`` or ``secret`` in its name is written as
     ``***``, unless it is a number of keys or tokens.
@@ -77,7 +78,8 @@ class RunDirectory(Callback):
     def __init__(self, root: str | Path = "runs", *, settings: object = None, terminal: bool = True) -> None:
         self.settings = _as_dict(settings)
         self.terminal = terminal
-        self.run_directory: Path = _make_directory(Path(root))
+        self._is_main = launched_rank() == 0  # on several ranks, only rank 0 makes the directory
+        self.run_directory: Path = _make_directory(Path(root)) if self._is_main else Path(root)
 
     @property
     def path(self) -> Path:
@@ -86,8 +88,9 @@ class RunDirectory(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Log every fit into a file."""
-        super().attach(engine)
-        self._describe()
+        if self._is_main:
+            super().attach(engine)
+            self._describe()
         engine.listeners.around("fit", lambda: self._logging(engine))
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,6 +99,8 @@ class RunDirectory(Callback):
 
     def before_resume(self, state: dict[str, Any]) -> None:
         """Go on in the directory of the run that is resumed, if it is still within ``root``."""
+        if not self._is_main:
+            return
         name = state.get("name")
         earlier = self.path.with_name(name) if is_plain_name(name) else None
         root = self.path.parent.resolve()
@@ -160,10 +165,15 @@ class RunDirectory(Callback):
 
     @contextmanager
     def _logging(self, engine: Engine) -> Iterator[None]:
-        root = logging.getLogger()
-        handlers: list[logging.Handler] = [_LogFile(self.path / "log.log", encoding="utf-8")]
+        root, self.run_directory = logging.getLogger(), engine.ranks.shared(self.run_directory)
+        name = "log.log" if self._is_main else f"log.rank{engine.ranks.rank}.log"
+        handlers: list[logging.Handler] = [_LogFile(self.path / name, encoding="utf-8")]
         handlers[0].setFormatter(logging.Formatter(FORMAT))
-        if self.terminal and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers):
+        if (
+            self.terminal
+            and self._is_main
+            and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers)
+        ):
             has_bar = any(isinstance(callback, ProgressBar) for callback in engine.callbacks)
             handlers.append(_TerminalHandler(skip_epochs=has_bar))
         own = partial(_is_of_thread, threading.get_ident())

@@ -35,6 +35,8 @@ class TensorBoard(Callback):
         ConfigurationError: before the first step, if there is nowhere to write.
     """
 
+    main_only = True
+
     def __init__(self, directory: str | Path | None = None) -> None:
         self._wanted_directory = None if directory is None else Path(directory)
         self._writer: Any = None  # a RecordWriter of tensorboardX
@@ -120,8 +122,8 @@ class TensorBoard(Callback):
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in the order of their names
         name = f"events.out.tfevents.{seconds}.{nanoseconds:09}.{os.getpid()}"
         self._writer = RecordWriter(str(directory / name))
-        self._write(file_version="brain.Event:2")
         try:
+            self._write(file_version="brain.Event:2")
             yield
         finally:
             self._close()

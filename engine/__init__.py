@@ -52,7 +52,7 @@ from .losses import FocalLoss, SymmetricCrossEntropy
 from .meter import AverageMeter
 from .metric import as_metrics
 from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters, weights_of
-from .ranks import Ranks, Share, launched_world
+from .ranks import Ranks, Share, launched_rank, launched_world
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .stages import NOTHING, CurrentStage
@@ -109,6 +109,7 @@ __all__ = [
     "can_take",
     "Ranks",
     "Share",
+    "launched_rank",
     "launched_world",
     "Run",
     "Phase",

@@ -51,6 +51,8 @@ class Callback:
     Attributes:
         needs_update: whether it can do nothing in a step that does not call ``engine.update``.
         unique: whether an engine takes only one of its class.
+        main_only: whether it is attached on rank 0 alone, if there are several: for what writes or prints. It must not
+            ask the other ranks for anything.
         run_directory: the directory that it offers to other handlers, as ``engine.directory``; None for most.
         checkpoints: the directory in which ``fit(..., resume="auto")`` looks for checkpoints; None for most.
 
@@ -62,6 +64,7 @@ class Callback:
 
     needs_update: bool = False
     unique: bool = False
+    main_only: bool = False
     run_directory: Path | None = None
     checkpoints: CheckpointDirectory | None = None
     _is_attached: bool = False

@@ -46,8 +46,15 @@ class Listeners:
             raise ConfigurationError(f"{callback!r} is attached twice. Attach it once, or make a second one.")
         if callback.unique and any(type(other) is type(callback) for other in self.callbacks):
             raise ConfigurationError(f"The engine has a {type(callback).__name__} already. Attach only one.")
-        callback.attach(self.engine)
+        if callback.main_only and self.engine.ranks.several:
+            self._attach_on_main(callback)
+        else:
+            callback.attach(self.engine)
         self.callbacks.append(callback)
+
+    def _attach_on_main(self, callback: Callback) -> None:
+        if self.engine.ranks.is_main:
+            callback.attach(self.engine)
 
     def channel(self, event: type[E]) -> Channel[E]:
         """Return the event's channel, made on first request.

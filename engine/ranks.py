@@ -55,13 +55,14 @@ class Ranks:
         rank: the number of this process, from 0.
         world: the number of processes.
         divides: whether data are divided among the ranks; otherwise each rank's data are its own already.
-        share: what this rank has of the present batch; None in one process.
+        is_broken: whether a rank has failed, so that nothing can be asked of all of them any more.
     """
 
     def __init__(self) -> None:
         self.rank = 0
         self.world = 1
         self.divides = True
+        self.is_broken = False
         self._group: ProcessGroup | None = None
         self._store: Store | None = None
         self._num_stores = 0
@@ -135,9 +136,14 @@ class Ranks:
         return cast("T", values[0])
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 alone; every rank gets what it returned, or raises what it raised."""
+        """Call a function on rank 0 alone; every rank gets what it returned, or raises what it raised.
+
+        When a rank has failed, nobody waits for rank 0 any more, and the others get None.
+        """
         if not self.several:
             return function()
+        if self.is_broken:
+            return function() if self.is_main else cast("T", None)
         result: Any = None
         error: Exception | None = None
         if self.is_main:
@@ -184,6 +190,8 @@ class Ranks:
         return PrefixStore(str(self._num_stores), self._store)
 
     def _refuse_on_main(self) -> None:
+        if self.is_broken:
+            raise EngineStateError("A rank has failed, so the others cannot be asked any more. Start the run again.")
         if self._is_on_main:
             raise EngineStateError(
                 "Something that runs on rank 0 alone asked all ranks for something, which would wait for ever. "
@@ -203,6 +211,14 @@ def check_joined(ranks: Ranks) -> None:
             f"This is one of {world} processes, and each would train a model of its own. "
             "Pass callbacks=[Distributed(), ...], or start one process."
         )
+
+
+def launched_rank() -> int:
+    """Return which of the processes that were started together this is; 0 if it is alone."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 def launched_world() -> int:

@@ -320,6 +320,7 @@ class Run:
         """Tell the other ranks that this one ends with an error; or add to the error which of them failed before."""
         if self._agreement is None:
             return
+        self.ranks.is_broken = True
         may_be_theirs = isinstance(error, RuntimeError) and not isinstance(error, CamshaftError)
         failure = self._agreement.failure(looks_for_life=may_be_theirs)
         if failure is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import NoneType
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("camshaft")
 
 FORMAT = 4
+Found = tuple[dict[str, Any], Path]
 # The types in a state, by key: what is loaded into our own objects is checked for them before anything is loaded.
 _COUNTERS = {"epoch": int, "step": int, "num_validations": int, "num_updates": int, "num_skipped_updates": int}
 _RUN = {
@@ -85,7 +86,7 @@ def run_state(engine: Engine) -> dict[str, Any]:
     return state
 
 
-def find_state(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path] | None:
+def find_state(engine: Engine, resume: str | Path) -> Found | None:
     """Return the state to resume from and its file; None if "auto" found no file.
 
     Raises:
@@ -95,26 +96,42 @@ def find_state(engine: Engine, resume: str | Path) -> tuple[dict[str, Any], Path
     """
     if not isinstance(resume, str | os.PathLike):
         raise ConfigurationError(f'resume is {resume!r}, which is not a path. Pass "auto" or a path of a checkpoint.')
-    found = _find_newest(engine.callbacks) if resume == "auto" else _find_at(Path(resume))
+    found = _found_by_main(
+        engine, lambda: _find_newest(engine.callbacks) if resume == "auto" else _find_at(Path(resume))
+    )
     if found is not None:
         state, source = found
         _check_shape(state, source)
         _check_fit(engine, state, source, is_complete=False)
         saved = state["callbacks"]
         for name, callback in named_callbacks(engine.callbacks).items():
-            if name in saved:
+            if name in saved and (engine.ranks.is_main or not callback.main_only):
                 callback.before_resume(saved[name])
     return found
 
 
-def _find_newest(callbacks: Iterable[Callback]) -> tuple[dict[str, Any], Path] | None:
+def _found_by_main(engine: Engine, find: Callable[[], Found | None]) -> Found | None:
+    """Let rank 0 decide which file is meant; the other ranks read that file."""
+    found: list[Found | None] = []
+
+    def find_path() -> Path | None:
+        found.append(find())
+        return None if found[0] is None else found[0][1]
+
+    path = engine.ranks.on_main(find_path)
+    if found or path is None:
+        return found[0] if found else None
+    return load_verified(path), path
+
+
+def _find_newest(callbacks: Iterable[Callback]) -> Found | None:
     directories = [callback.checkpoints for callback in callbacks if callback.checkpoints is not None]
     if not directories:
         raise ConfigurationError('resume="auto" has nowhere to look. Add RunCheckpoint(directory), or pass a path.')
     return directories[0].load_newest()
 
 
-def _find_at(path: Path) -> tuple[dict[str, Any], Path]:
+def _find_at(path: Path) -> Found:
     if path.is_file():
         return load_verified(path), path
     found = CheckpointDirectory(path).load_newest()
@@ -160,7 +177,8 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
     for name in parts.keys() - modules.keys():
         _load_part(name, parts[name], state["parts"][name], undo)
     callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
-    for name in [name for name in callbacks if name in saved]:
+    is_here = {name: engine.ranks.is_main or not callback.main_only for name, callback in callbacks.items()}
+    for name in [name for name in callbacks if name in saved and is_here[name]]:
         undo.callback(callbacks[name].load_state_dict, callbacks[name].state_dict())
         callbacks[name].load_state_dict(saved[name])
     record = engine.stages["train"]

@@ -66,7 +66,7 @@ def _is_number(value: Any) -> bool:
 def _in_data(data: Any, step: int) -> Iterator[str]:
     if data is None:
         return
-    if data.keys() != {"generators", "pass"} or not _are_generators(data["generators"]):
+    if data.keys() != {"loader", "pass"} or not _is_loader(data["loader"]):
         yield "data: it is not a position"
         return
     position = data["pass"]
@@ -78,8 +78,18 @@ def _in_data(data: Any, step: int) -> Iterator[str]:
         yield "data: its counters are not whole numbers"
     elif not 0 <= position["consumed"] <= step or not 0 <= position["epoch"] < 2**63:
         yield f"data: {position['consumed']:.6g} batches of epoch {position['epoch']:.6g} at step {step:.6g}"
-    elif not _can_be_set(position["rng"]) or not _are_generators(position["rng"].get("loader")):
+    elif not _can_be_set(position["rng"]) or not _is_loader(position["rng"].get("loader")):
         yield "data: its generators cannot be set"
+
+
+def _is_loader(state: Any) -> bool:
+    if (
+        not isinstance(state, dict)
+        or state.keys() != {"generators", "epochs"}
+        or not isinstance(state["epochs"], list)
+    ):
+        return False
+    return _are_generators(state["generators"]) and all(one is None or type(one) is int for one in state["epochs"])
 
 
 def _are_generators(states: object) -> bool:

@@ -173,6 +173,8 @@ def recording(root: Path) -> Iterator[Log]:
     def open_directory(real: Callable[..., int], path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         descriptor = real(path, flags, *args, **kwargs)
         name = log.name_of(path)
+        if name is not None and name not in log.names and flags & os.O_CREAT:  # a lock, whose content is not asked for
+            log.new(name)
         if name is not None and log.names.get(name) in log.directories:
             log.descriptors[descriptor] = log.names[name]
         return descriptor
