@@ -46,7 +46,7 @@ class MicroBatch(Callback):
         """Wrap the trainer's step."""
         if engine.ranks.several:
             raise ConfigurationError(
-                f"MicroBatch divides a batch when a rank is out of memory, and the {engine.ranks.world - 1} others would "
+                f"MicroBatch divides a batch when a rank lacks memory, and the {engine.ranks.world - 1} others would "
                 "wait for its gradients. Pass a smaller batch_size with Accumulate(batches=...)."
             )
         super().attach(engine)
