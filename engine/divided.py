@@ -32,7 +32,7 @@ class Division:
     def __init__(self, seed: int | None, ranks: Ranks) -> None:
         self._seed = seed
         self._ranks = ranks
-        self._loaders: dict[int, tuple[Data, Divided]] = {}  # kept, because their workers may be persistent
+        self._kept: dict[int, tuple[Data, Divided]] = {}  # loaders with workers that persist
 
     def of(self, name: str, data: Data) -> Divided:
         """Return this rank's part of ``data``.
@@ -43,10 +43,7 @@ class Division:
         if not self._ranks.divides:
             return _OwnData(data, self._ranks)
         if SeededLoader.fits(data):
-            kept = self._loaders.get(id(data))
-            if kept is None:
-                kept = self._loaders[id(data)] = (data, _DividedLoader(data, self._seed or 0, self._ranks))
-            return kept[1]
+            return self._of_loader(data, is_resumed=name == "train")
         if isinstance(data, Sequence):
             return _DividedList(data, self._ranks)
         raise ConfigurationError(
@@ -54,6 +51,14 @@ class Division:
             'Pass a DataLoader over a map-style dataset, or a list; or write Distributed(data="sharded") if every '
             "rank's data are its own already."
         )
+
+    def _of_loader(self, loader: DataLoader[Any], *, is_resumed: bool) -> Divided:
+        if id(loader) in self._kept:
+            return self._kept[id(loader)][1]
+        divided = _DividedLoader(SeededLoader(loader, self._seed or 0, self._ranks, is_resumed=is_resumed))
+        if loader.persistent_workers:
+            self._kept[id(loader)] = (loader, divided)
+        return divided
 
 
 class Divided(Protocol):
@@ -66,8 +71,8 @@ class Divided(Protocol):
 class _DividedLoader:
     """Each list of indices is divided: a rank reads only its own samples."""
 
-    def __init__(self, loader: DataLoader[Any], seed: int, ranks: Ranks) -> None:
-        self._loader = SeededLoader(loader, seed, ranks)
+    def __init__(self, loader: SeededLoader) -> None:
+        self._loader = loader
 
     def begin(self, epoch: int, *, skip: int) -> Pairs:
         batches, shares = self._loader.begin(epoch, skip=skip), self._loader.shares

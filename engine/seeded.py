@@ -27,13 +27,16 @@ class SeededLoader:
         loader: the loader.
         seed: the seed.
         ranks: of which each reads its part of every batch.
+        is_resumed: whether a run may be resumed within it: then what does not depend on the seed is warned of.
 
     Attributes:
         shares: what this rank has of each batch that was asked for and has not come yet, if there are several ranks.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int, ranks: Ranks | None = None) -> None:
-        self._is_checked = False
+    def __init__(
+        self, loader: DataLoader[Any], seed: int, ranks: Ranks | None = None, *, is_resumed: bool = True
+    ) -> None:
+        self._is_checked = not is_resumed
         self.shares: deque[Share] = deque()
         self._batches = _PositionedBatches(loader, seed, ranks or Ranks(), self.shares)
         self._dataset = _SeededDataset(loader.dataset, seed)
