@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -107,9 +108,8 @@ class Distributed(Callback):
 
     def _check_reduced(self, event: GradientsReady) -> None:
         """Refuse an update by gradients that were not added up, because the module was not called as a whole."""
-        own = set(parameters_of(event.optimizer))
         for replica in self._replicas:
-            if not replica.is_reduced and any(p.grad is not None and p in own for p in replica.parameters):
+            if not replica.is_reduced and replica.has_gradients_of(event.optimizer):
                 raise DataError(
                     f"The gradients of step {event.engine.step} were not added up over the ranks. "
                     "Call each part that is trained as a whole, model(inputs), once before its loss is differentiated."
@@ -147,17 +147,23 @@ class _Replica:
         self.parameters = parameters
         self.is_reduced = False  # whether gradients were added up since they were looked at last
         self._find_unused_parameters = find_unused_parameters
-        self._trained: list[nn.Parameter] = []
+        self._learns: list[bool] = []  # of each parameter, when the replica was made
         self._replica: Callable[[Any], Any] = _unchanged
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not torch.is_grad_enabled() or not self._engine.training:
             return output
-        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        if len(trained) != len(self._trained):
-            self._trained = trained  # some were frozen or set free
+        learns = [parameter.requires_grad for parameter in self.parameters]
+        if learns != self._learns:  # some were frozen or set free
+            self._learns = learns
+            trained = list(itertools.compress(self.parameters, learns))
             self._replica = self._replicate(trained) if trained else _unchanged
         return self._replica(output)
+
+    def has_gradients_of(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether anything that the optimizer holds has a gradient."""
+        own = set(parameters_of(optimizer))
+        return any(parameter.grad is not None and parameter in own for parameter in self.parameters)
 
     def _replicate(self, parameters: list[nn.Parameter]) -> DistributedDataParallel:
         replica = DistributedDataParallel(

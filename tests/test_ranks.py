@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from camshaft.callbacks import Accumulate, ClipGradients, Distributed, EarlyStopping, Schedule, WeightAverage
-from camshaft.engine import Callback, Engine, Trainer
+from camshaft.engine import Callback, Engine, EpochStart, Trainer
 
 TOLERANCE = 1e-12
 
@@ -138,3 +138,19 @@ def test_several_ranks_train_as_one_process_does(
         assert torch.equal(result["weights"], results[0]["weights"])
         assert result["rows"] == results[0]["rows"]
     assert_alike(results[0], alone)
+
+
+class FreezeInTurn(Callback):
+    """One layer learns in odd epochs, and another of the same number of parameters in even ones."""
+
+    def on_epoch_start(self, event: EpochStart) -> None:
+        layers = [layer for layer in event.engine.parts["model"] if isinstance(layer, nn.Linear)]
+        for number, layer in enumerate(layers):
+            layer.requires_grad_(event.engine.epoch % 2 == number)
+
+
+@pytest.mark.parametrize("world", [2])
+def test_as_many_parameters_frozen_as_set_free_are_noticed(world: int) -> None:
+    alone = fit(lambda: [FreezeInTurn()])
+    for result in on_ranks(world, fit, lambda: [FreezeInTurn()]):
+        assert_alike(result, alone)
