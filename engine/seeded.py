@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, get_worker_info
 
 from .batch import tree_map
 from .data import has_positions, loader_like, one_pass, samplers
@@ -157,9 +157,9 @@ class _SeededDataset(Dataset[Any]):
 
     def _read(self, tagged: list[Any]) -> list[Any]:
         (epoch, position), *indices = tagged
-        if hasattr(self._dataset, "__getitems__"):  # it reads a batch at a time: one seed for each batch
+        if _reads_batches(self._dataset):  # one seed for each batch
             self._seed_all(mix(self._seed, epoch, position + 2))
-            items: list[Any] = self._dataset.__getitems__(indices)
+            items: list[Any] = self._dataset.__getitems__(indices)  # type: ignore[attr-defined]  # it was asked
             return items
         items = []
         for offset, index in enumerate(indices):
@@ -181,6 +181,13 @@ class _SeededDataset(Dataset[Any]):
             sys.modules["numpy"].random.seed(seed % 2**32)
         if callable(hook := getattr(self._dataset, "set_sample_seed", None)):
             hook(seed)
+
+
+def _reads_batches(dataset: object) -> bool:
+    """Return whether a dataset reads a batch at a time; a part of one does so only if the whole does."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return hasattr(dataset, "__getitems__")
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from camshaft.callbacks import Accumulate, ClipGradients, Distributed, EarlyStopping, Schedule, WeightAverage
 from camshaft.engine import Callback, Engine, EpochStart, Trainer
@@ -153,4 +153,36 @@ class FreezeInTurn(Callback):
 def test_as_many_parameters_frozen_as_set_free_are_noticed(world: int) -> None:
     alone = fit(lambda: [FreezeInTurn()])
     for result in on_ranks(world, fit, lambda: [FreezeInTurn()]):
+        assert_alike(result, alone)
+
+
+class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Adds noise of torch's global generator to each sample when it is read."""
+
+    def __init__(self) -> None:
+        samples = data().dataset
+        assert isinstance(samples, TensorDataset)
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, target = self._samples[index]
+        return inputs + 0.1 * torch.randn(5), target
+
+
+def fit_augmented(*, is_subset: bool, num_workers: int) -> dict[str, Any]:
+    dataset = Subset(Augmented(), range(3, 90)) if is_subset else Augmented()
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), 0.3)
+    trainer = Trainer(net, optimizer, nn.CrossEntropyLoss(), callbacks=[Distributed()], seed=7)
+    trainer.fit(DataLoader(dataset, 16, shuffle=True, num_workers=num_workers), epochs=2)
+    return outcome(trainer, net)
+
+
+@pytest.mark.parametrize(("is_subset", "num_workers"), [(False, 0), (True, 0), (False, 1)])
+def test_a_sample_is_augmented_alike_on_whichever_rank_it_is_read(is_subset: bool, num_workers: int) -> None:
+    alone = fit_augmented(is_subset=is_subset, num_workers=num_workers)
+    for result in on_ranks(2, lambda: fit_augmented(is_subset=is_subset, num_workers=num_workers)):
         assert_alike(result, alone)
