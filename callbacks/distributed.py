@@ -6,9 +6,11 @@ import atexit
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -215,8 +217,17 @@ def _unchanged_output(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 @contextmanager
 def _together(engine: Engine) -> Iterator[None]:
-    """Let no rank leave a run that ended well before all of them have."""
+    """Let no rank leave a run that ended well before all of them have, and let all know of one that did not."""
+    hook, run = sys.excepthook, engine.run
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        run.fail(error)
+        hook(kind, error, trace)
+
+    sys.excepthook = tell  # stays when the run fails: a script's loop is left before Python says by which error
     yield
+    if sys.excepthook is tell:
+        sys.excepthook = hook
     engine.ranks.total(0)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from .errors import EngineStateError
+from .failures import BEAT, Failures, end_process
 from .ranks import Ranks
 
 T = TypeVar("T")
 
 POLL = 0.05  # seconds between two looks into the store
-BEAT = 1.0  # seconds between two signs of life
-PATIENCE = 8.0  # seconds of waiting for the others before one looks whether they are alive
+GRACE = 2.5  # seconds that a rank is given to end by itself when another one has failed
+PATIENCE = 8.0  # seconds of waiting for the others before one looks for their signs of life
 
 
 class Agreement(Generic[T]):
@@ -24,7 +26,8 @@ class Agreement(Generic[T]):
     that its rank is on the way to. No rank passes the highest of these: there they meet, and tell each other what was
     decided. Until then, a checkpoint costs a lock.
 
-    The threads also show that their ranks are alive, so that a rank that is gone can be named.
+    The threads also look whether other ranks have failed or are gone. Then the next checkpoint raises, and the thread
+    of a rank that comes to none, because it waits for those in vain, ends the process.
 
     Args:
         ranks: all of them; each makes its agreement at the same place of the run.
@@ -39,6 +42,9 @@ class Agreement(Generic[T]):
         self._next = 0  # the number of the checkpoint that this rank is on the way to
         self._is_held = False
         self._meeting: int | None = None  # the number of the checkpoint to meet at
+        self._failures = Failures(self._store, ranks.rank, ranks.world)
+        self._failure: str | None = None  # of another rank, as the thread has seen it
+        self._is_leaving = False  # whether this rank is about to end by itself
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="camshaft-agreement", daemon=True)
         self._watcher.start()
@@ -53,6 +59,7 @@ class Agreement(Generic[T]):
         Raises:
             EngineStateError: naming it, if another rank failed or is gone.
         """
+        self._refuse_alone(self._failure)
         if not self._meets():
             return []
         own, self._decisions = self._decisions, []
@@ -78,25 +85,26 @@ class Agreement(Generic[T]):
         return True
 
     def announce(self, failure: str) -> None:
-        """Tell the other ranks why this one fails; only the first is kept."""
-        self._store.compare_set("failure", "", f"Rank {self._ranks.rank} failed: {failure}")
+        """Tell the other ranks why this one fails; only the first failure of all is kept."""
+        self._failures.announce(failure)
 
     def failure(self, *, looks_for_life: bool = True) -> str | None:
         """Return what happened to another rank: what it announced, or that it is gone; None if all are well.
 
+        From now on, this rank is about to leave by itself.
+
         Args:
             looks_for_life: whether to wait for signs of life, which takes a few seconds.
         """
-        if self._store.check(["failure"]):
-            said = str(self._store.get("failure").decode())
-            return None if said.startswith(f"Rank {self._ranks.rank} ") else said
-        gone = self._gone() if looks_for_life else []
-        return f"Rank {gone[0]} gives no sign of life." if gone else None
+        self._is_leaving = True
+        return self._failures.found() if looks_for_life else self._failures.known()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and tell the others that this rank does not fail any more."""
         self._closed.set()
         self._watcher.join()
+        with suppress(RuntimeError):  # the store may be gone
+            self._failures.leave()
 
     def _hold(self, round_: int) -> None:
         with self._lock:
@@ -109,28 +117,35 @@ class Agreement(Generic[T]):
         look = time.monotonic() + PATIENCE
         while not self._store.check(keys):  # not wait(), because a signal is handled only between two looks
             time.sleep(POLL / 10)
-            if time.monotonic() > look and (failure := self.failure()):
-                raise EngineStateError(f"The ranks could not agree. {failure} Look for the cause there.")
+            self._refuse_alone(self._failures.found() if time.monotonic() > look else self._failure)
         return max(int(self._store.get(key)) for key in keys)
 
-    def _gone(self) -> list[int]:
-        """Return the ranks that give no sign of life; takes as long as two of those signs are apart, and more."""
-        earlier = self._beats()
-        time.sleep(2.5 * BEAT)
-        return [rank for rank, beats in enumerate(self._beats()) if beats == earlier[rank]]
-
-    def _beats(self) -> list[int]:
-        return [self._store.add(f"alive/{rank}", 0) for rank in range(self._ranks.world)]
+    def _refuse_alone(self, failure: str | None) -> None:
+        if failure is not None:
+            raise EngineStateError(
+                f"This is rank {self._ranks.rank}, which cannot continue alone. Look at the cause: {failure}"
+            )
 
     def _watch(self) -> None:
-        next_beat = 0.0
         try:
-            while not self._closed.wait(POLL):
-                round_ = self._round
-                if not self._is_held and self._store.check([f"{round_}/asked"]):
-                    self._hold(round_)
-                if (now := time.monotonic()) > next_beat:
-                    self._store.add(f"alive/{self._ranks.rank}", 1)
-                    next_beat = now + BEAT
-        except Exception:  # the store ends with the process that holds it, and this one is about to notice
-            return
+            self._failure = self._watch_the_store()
+        except Exception:  # the store ends with the process that holds it
+            self._failure = "The process that holds the store of all ranks is gone."
+        end = time.monotonic() + GRACE
+        while self._failure is not None and not self._is_leaving and not self._closed.wait(POLL):
+            if time.monotonic() > end:
+                end_process(self._failure, self._ranks.rank)
+
+    def _watch_the_store(self) -> str | None:
+        """Hold this rank whenever one asks, until another one has failed; return what happened to it."""
+        next_beat = 0.0
+        while not self._closed.wait(POLL):
+            round_ = self._round
+            if not self._is_held and self._store.check([f"{round_}/asked"]):
+                self._hold(round_)
+            if (now := time.monotonic()) > next_beat:
+                self._failures.beat()
+                next_beat = now + BEAT
+                if not self._is_leaving and (failure := self._failures.known()) is not None:
+                    return failure
+        return None

@@ -419,6 +419,9 @@ class Engine:
                     self._end_run(run, error)
                     raise
                 self._end_run(run)
+        except BaseException as error:
+            run.fail(error)  # unless that was done: this one came while the run was beginning or ending
+            raise
         finally:
             self._end_training_loops()
             run.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -154,9 +155,9 @@ class Ranks:
                 error = raised
             finally:
                 self._is_on_main = False
-        result, error = self.shared((result, error))
-        if error is not None:
-            raise error
+        result, sent = self.shared((result, None if error is None else _sendable(error)))
+        if sent is not None:
+            raise sent if error is None else error
         return cast("T", result)
 
     def copy_from_main(self, tensors: list[Tensor]) -> None:
@@ -187,7 +188,8 @@ class Ranks:
         if self._store is None:
             raise EngineStateError("There is no store, because there is one rank. Ask ranks.several first.")
         self._num_stores += 1
-        return PrefixStore(str(self._num_stores), self._store)
+        has_clones = hasattr(self._store, "clone")  # a client of its own, because one that waits is locked
+        return PrefixStore(str(self._num_stores), self._store.clone() if has_clones else self._store)
 
     def _refuse_on_main(self) -> None:
         if self.is_broken:
@@ -197,6 +199,16 @@ class Ranks:
                 "Something that runs on rank 0 alone asked all ranks for something, which would wait for ever. "
                 "Do it in a handler that runs on every rank."
             )
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that other ranks can raise: the same if it can be pickled, which some kinds cannot."""
+    try:
+        sent: Exception = pickle.loads(pickle.dumps(error))
+    except Exception:
+        sent = EngineStateError(f"Rank 0 failed with {type(error).__name__}: {error}. Look for the cause there.")
+    sent.add_note("Raised on rank 0, which did this for all ranks.")
+    return sent
 
 
 def check_joined(ranks: Ranks) -> None:

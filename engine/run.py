@@ -318,15 +318,21 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends with an error; or add to the error which of them failed before."""
-        if self._agreement is None:
+        if self._agreement is None or self.ranks.is_broken or isinstance(error, GeneratorExit):
             return
         self.ranks.is_broken = True
+        try:
+            self._tell(self._agreement, error)
+        except RuntimeError as second:  # the store that all share is gone with the process that held it
+            error.add_note(f"The other ranks cannot be asked what happened to them: {second}")
+
+    def _tell(self, agreement: Agreement[Decision], error: BaseException) -> None:
         may_be_theirs = isinstance(error, RuntimeError) and not isinstance(error, CamshaftError)
-        failure = self._agreement.failure(looks_for_life=may_be_theirs)
+        failure, own = agreement.failure(looks_for_life=may_be_theirs), f"{type(error).__name__}: {error}"
         if failure is None:
-            self._agreement.announce(f"{type(error).__name__}: {error}")
-        else:
-            error.add_note(f"{failure} This is rank {self.ranks.rank}, which cannot continue alone.")
+            agreement.announce(own)
+        elif failure not in own and not failure.endswith(own):  # otherwise it is said, or all ranks have raised it
+            error.add_note(f"This is rank {self.ranks.rank}, which cannot continue alone. {failure}")
 
     def close(self) -> None:
         """End what the run has needed beside its loop."""

@@ -40,6 +40,11 @@ def kill_workers() -> None:
     With SIGKILL, because a worker that is stuck in native code runs no signal handler of Python's.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error when a worker was killed
+    kill_workers_now()
+
+
+def kill_workers_now() -> None:
+    """Kill the patient workers of this process, from a thread of it that ends it next."""
     workers = _patient.get(os.getpid(), ())
     for child in active_children():
         if child in workers:
