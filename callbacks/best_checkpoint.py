@@ -22,8 +22,10 @@ from camshaft.engine import (
     FitStart,
     Ranks,
     ensure_writable,
+    has_shards,
     is_plain_name,
     load_weights,
+    made_whole,
     remove_temporaries,
     save_together,
     unwrap,
@@ -139,15 +141,17 @@ class BestCheckpoint(Callback):
             best = self.kept[0]
             logger.info("Best %s %.6g at epoch %d, step %d%s", self.monitor.name, best.value, best.epoch, best.step,
                         f"  {self.path}" if self.path else "")  # fmt: skip
-            if self.restore:
-                self._ranks.on_main(lambda: self._load_into(event.engine))
+            if self.restore and not has_shards(event.engine.parts["model"].parameters()):
+                self._ranks.on_main(lambda: self._load_into(event.engine, self.weights()))
                 self._send(event.engine)
+            elif self.restore and not self._ranks.is_broken:
+                self._load_into(event.engine, self._ranks.on_main(self.weights))  # each rank loads its part
 
-    def _load_into(self, engine: Engine) -> None:
+    def _load_into(self, engine: Engine, weights: dict[str, Any]) -> None:
         source = str(self.path or "The best checkpoint")
-        load_weights(engine.parts["model"], self.weights(), source)
+        load_weights(engine.parts["model"], weights, source)
         if (average := engine.parts.get("weight_average")) is not None:
-            load_weights(average.module, self.weights(), source)  # or evaluations would use a later average
+            load_weights(average.module, weights, source)  # or evaluations would use a later average
 
     def _send(self, engine: Engine) -> None:
         """Let the other ranks have what rank 0 has loaded, unless one of them has failed."""
@@ -187,9 +191,11 @@ class BestCheckpoint(Callback):
         directory = self.directory
         if directory is None:
             if place == 0:
-                self._in_memory = copy.deepcopy(unwrap(engine.parts["model"]).state_dict())
+                weights = copy.deepcopy(unwrap(engine.parts["model"]).state_dict())
+                self._in_memory = made_whole(weights) if has_shards(weights.values()) else weights
         else:
-            digest = self._ranks.on_main(lambda: self._write(engine, directory, name, is_best=place == 0))
+            files = self._files(engine, directory, name, is_best=place == 0)
+            digest = self._ranks.on_main(lambda: self._save(directory, files))
             if not digest:
                 return
             if place == 0:
@@ -197,7 +203,8 @@ class BestCheckpoint(Callback):
         self.kept.insert(place, Kept(value, engine.epoch, engine.step, name, digest))
         self._prune()
 
-    def _write(self, engine: Engine, directory: Path, name: str, *, is_best: bool) -> str:
+    def _files(self, engine: Engine, directory: Path, name: str, *, is_best: bool) -> dict[Path, Any]:
+        """Return what to write; what several ranks hold in parts comes together on rank 0."""
         weights = unwrap(engine.parts["model"]).state_dict()
         files: dict[Path, Any] = {directory / "best.pt": weights} if is_best else {}
         if self.top_k > 1:
@@ -206,7 +213,7 @@ class BestCheckpoint(Callback):
             optimizer = engine.parts.get("optimizer")
             state = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else None
             files[directory / "best.optimizer.pt"] = state
-        return self._save(directory, files)
+        return {path: made_whole(value, is_kept=self._ranks.is_main) for path, value in files.items()}
 
     def _save(self, directory: Path, files: dict[Path, Any]) -> str:
         """Write the files and return the first one's digest; "" if that failed."""

@@ -7,11 +7,11 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,15 @@ from camshaft.engine import (
     Engine,
     FitStart,
     GradientsReady,
+    is_sharded,
     launched_world,
     parameters_of,
 )
+
+from .fsdp import FullyShard, Initialise
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 logger = logging.getLogger("camshaft")
 
@@ -37,14 +43,30 @@ logger = logging.getLogger("camshaft")
 class Distributed(Callback):
     """Trains on as many processes as torchrun has started; with one process it does nothing.
 
-    ``torchrun --nproc-per-node 4 train.py`` runs the same script on four ranks. Each holds the whole model (torch's
-    `DistributedDataParallel`), and reads its part of every batch: ``batch_size`` is that of all ranks together, so
-    that weights, averages and metrics are those of one process, up to rounding. The engine needs a ``seed``.
+    ``torchrun --nproc-per-node 4 train.py`` runs the same script on four ranks. Each reads its part of every batch:
+    ``batch_size`` is that of all ranks together, so that weights, averages and metrics are those of one process, up to
+    rounding. The engine needs a ``seed``. Under "replicate", each rank holds the whole model (torch's
+    `DistributedDataParallel`).
+
+    Under "fsdp", each rank holds a part of every weight, of its gradient and of its optimizer's state (torch's
+    `fully_shard`), and gathers a unit of the model while it computes. That is done when this is attached: the parts
+    hold other parameters then, of type `DTensor`, and the optimizer is given those in the place of its own. A model on
+    the meta device gets its weights then, too, and never is whole on any rank but the first. Files of best weights and
+    checkpoints are those of one process, and each of the two kinds continues the other's.
 
     A rank's gradients count by its number of samples, also in a short last batch and with an accumulation window. A
     signal, a stop or a checkpoint on one rank takes effect on all of them, after the same step.
 
     Args:
+        kind: "replicate" or "fsdp".
+        mesh: of "fsdp": ``{"replicate": 2, "shard": 4}`` cuts weights into 4 parts, and holds each on 2 ranks; by
+            default they are cut into as many as there are ranks.
+        units: of "fsdp": names of modules, or patterns such as ``"layers.*"``, which are gathered and freed one by
+            one; what is in none of them is gathered as a whole. Of modules within each other, a pattern means the
+            outer one.
+        policy: of "fsdp": torch's `MixedPrecisionPolicy`.
+        init: of "fsdp": ``init(model)`` gives a model of the meta device its first weights. It is called on rank 0,
+            with the whole model; by default every layer's ``reset_parameters`` is.
         data: "divided" divides each batch among the ranks; "sharded" says that every rank's data are its own already,
             and adds up their numbers of samples in each step.
         batch_norm: "sync" refuses batch normalisation over a rank's own samples, which gives other weights than one
@@ -53,8 +75,9 @@ class Distributed(Callback):
         timeout: seconds after which an operation that all ranks take part in fails.
 
     Raises:
-        ConfigurationError: when attached to an engine on several ranks, if it is not the first callback, there is no
-            seed, or a batch normalisation is not synchronised.
+        ConfigurationError: for settings that cannot work; when attached to an engine on several ranks, if it is not
+            the first callback, there is no seed, a batch normalisation is not synchronised, or a model cannot be
+            sharded.
         DataError: in a run, if gradients were not added up because the model was not called as a whole.
     """
 
@@ -62,16 +85,29 @@ class Distributed(Callback):
 
     def __init__(
         self,
+        kind: Literal["replicate", "fsdp"] = "replicate",
         *,
+        mesh: Mapping[str, int] | None = None,
+        units: Iterable[str] = (),
+        policy: MixedPrecisionPolicy | None = None,
+        init: Initialise | None = None,
         data: Literal["divided", "sharded"] = "divided",
         batch_norm: Literal["sync", "local"] = "sync",
         find_unused_parameters: bool = False,
         timeout: float = 600.0,
     ) -> None:
+        if kind not in ("replicate", "fsdp"):
+            raise ConfigurationError(f'Distributed does not know {kind!r}. Write "replicate" or "fsdp".')
+        self._shards = FullyShard(mesh, units, policy, init, find_unused_parameters=find_unused_parameters)
+        if kind == "replicate" and (given := self._shards.given()):
+            raise ConfigurationError(
+                f'Distributed has {given}, which only "fsdp" takes. Write Distributed("fsdp", ...).'
+            )
         if data not in ("divided", "sharded"):
             raise ConfigurationError(f'Distributed has data={data!r}. Write "divided" or "sharded".')
         if batch_norm not in ("sync", "local"):
             raise ConfigurationError(f'Distributed has batch_norm={batch_norm!r}. Write "sync" or "local".')
+        self.kind = kind
         self.data = data
         self.batch_norm = batch_norm
         self.find_unused_parameters = find_unused_parameters
@@ -82,6 +118,8 @@ class Distributed(Callback):
         """Join the other ranks, and synchronise the gradients of every module that is trained."""
         super().attach(engine)
         if launched_world() == 1:
+            if self.kind == "fsdp":
+                self._shards.make_real(engine)
             return
         if engine.callbacks:
             raise ConfigurationError(
@@ -97,9 +135,14 @@ class Distributed(Callback):
         engine.listeners.around("fit", lambda: _together(engine))
         for name, module in engine.parts.modules().items():
             self._check_batch_norm(name, module)
-            self._replicate(engine, module)
+        if self.kind == "fsdp":
+            self._shards.shard(engine)
+            engine.listeners.around("evaluation", self._shards.freed)
+        else:
+            for module in engine.parts.modules().values():
+                self._replicate(engine, module)
+            engine.subscribe(GradientsReady, self._check_reduced)
         engine.listeners.around("evaluation", lambda: _same_buffers(engine))
-        engine.subscribe(GradientsReady, self._check_reduced)
 
     def _replicate(self, engine: Engine, module: nn.Module) -> None:
         """Let the gradients of a module be added up; parameters that another module has, too, only once."""
@@ -128,13 +171,14 @@ class Distributed(Callback):
             )
 
     def on_fit_start(self, event: FitStart) -> None:
-        """Begin on every rank with the weights and buffers of rank 0."""
+        """Begin on every rank with the weights and buffers of rank 0; weights that are sharded began so before."""
         ranks = event.engine.ranks
         for module in event.engine.parts.modules().values():
-            ranks.copy_from_main([*module.parameters(), *module.buffers()])
+            tensors = [*module.parameters(), *module.buffers()]
+            ranks.copy_from_main([tensor for tensor in tensors if not is_sharded(tensor)])
 
     def __repr__(self) -> str:
-        return f"Distributed(data={self.data!r}, batch_norm={self.batch_norm!r})"
+        return f"Distributed({self.kind!r}, data={self.data!r}, batch_norm={self.batch_norm!r})"
 
 
 class _Replica:

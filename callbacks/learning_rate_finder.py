@@ -16,6 +16,7 @@ from camshaft.engine import (
     SupervisedStep,
     Trainer,
     generator_states,
+    has_shards,
     is_number,
     preserve_rng,
     repeat,
@@ -78,6 +79,10 @@ class LearningRateFinder:
         if not isinstance(step, SupervisedStep):
             raise ConfigurationError(
                 f"LearningRateFinder needs what Trainer(...) returns, and got {_kind(trainer)}. Pass a trainer."
+            )
+        if has_shards(trainer.parts["model"].parameters()):
+            raise ConfigurationError(
+                "LearningRateFinder copies the model, which is sharded. Use it in one process, on a smaller model."
             )
         model, optimizer, loss_fn = copy.deepcopy(
             (trainer.parts["model"], trainer.parts["optimizer"], trainer.parts["loss_fn"])

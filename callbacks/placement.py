@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine, move, tree_map
+from camshaft.engine import BatchReady, Callback, ConfigurationError, Engine, has_shards, move, tree_map
 
 
 class Placement(Callback):
@@ -33,11 +33,22 @@ class Placement(Callback):
     def attach(self, engine: Engine) -> None:
         """Move the modules; parameters stay the same objects, so an optimizer keeps hold of them."""
         super().attach(engine)
-        for module in engine.parts.modules().values():
-            if self.channels_last:
+        for name, module in engine.parts.modules().items():
+            if has_shards(module.parameters()):
+                self._check_sharded(name, module)
+            elif self.channels_last:
                 module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
             else:
                 module.to(self.device)
+
+    def _check_sharded(self, name: str, module: nn.Module) -> None:
+        """Refuse to move what is sharded: that has put it where it is."""
+        device = next(module.parameters()).device
+        if device.type != self.device.type or self.channels_last:
+            raise ConfigurationError(
+                f"The part {name} is sharded on {device.type}, and {self!r} would move it. "
+                f'Write Placement("{device.type}").'
+            )
 
     def on_batch_ready(self, event: BatchReady) -> Any:
         """Return the batch on the device."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, StepEnd
+from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, StepEnd, has_shards
 
 Precision = Literal["fp16", "bf16"]
 
@@ -49,6 +49,11 @@ class MixedPrecision(Callback):
                 raise ConfigurationError(
                     "The model is on the CPU, which has no fp16 training. "
                     'Write MixedPrecision("bf16"), or leave it out.'
+                )
+            if has_shards(parameter for _, parameter in event.engine.parts.named_parameters()):
+                raise ConfigurationError(
+                    'MixedPrecision("fp16") scales losses, and each rank would skip other updates of sharded weights. '
+                    'Write MixedPrecision("bf16"), or Distributed("fsdp", policy=...).'
                 )
             if event.engine.update.scaler is None:
                 event.engine.update.use_scaler(torch.amp.GradScaler(device.type))

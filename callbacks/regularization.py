@@ -14,6 +14,7 @@ from camshaft.engine import (
     LossReady,
     Selection,
     is_number,
+    is_sharded,
     parameters_of,
     select_parameters,
     unwrap,
@@ -60,13 +61,18 @@ class Penalty(Callback):
         loss = event.loss
         for weight in self._weights:
             if self.l1:
-                loss = loss + self.l1 * weight.abs().sum()
+                loss = loss + self.l1 * _total(weight.abs())
             if self.l2:
-                loss = loss + self.l2 * 0.5 * weight.square().sum()
+                loss = loss + self.l2 * 0.5 * _total(weight.square())
         return loss
 
     def __repr__(self) -> str:
         return f"Penalty(l1={self.l1}, l2={self.l2})"
+
+
+def _total(values: Any) -> Any:
+    """Return the sum; of values that ranks hold in parts, that of all ranks."""
+    return values.sum().full_tensor() if is_sharded(values) else values.sum()
 
 
 class FreezeUntil(Callback):

@@ -22,12 +22,16 @@ from camshaft.engine import (
     UpdateEnd,
     call_model,
     check_data,
+    has_shards,
     is_number,
+    is_sharded,
+    local_part,
     move,
     one_pass,
     parameters_of,
     prepare_batch,
     preserve_rng,
+    shell_of,
     tree_map,
     unwrap,
     whole_number,
@@ -106,7 +110,9 @@ class WeightAverage(Callback):
         self._of_model = {one for one in optimizers if any(id(parameter) in own for parameter in parameters_of(one))}
         if "weight_average" not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()
-            average = AveragedModel(unwrap(parts["model"]), multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
+            model = unwrap(parts["model"])
+            model = shell_of(model) if has_shards(model.parameters()) else model
+            average = AveragedModel(model, multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
             parts["weight_average"] = average.requires_grad_(False)
 
     def on_update_end(self, event: UpdateEnd) -> None:
@@ -160,12 +166,26 @@ class WeightAverage(Callback):
 
 
 def _swap(model: nn.Module, average: nn.Module) -> None:
-    """Exchange the storage of all weights and buffers: nothing is copied, nothing is rounded."""
+    """Exchange the storage of all weights and buffers: nothing is copied, nothing is rounded.
+
+    Of a weight that ranks hold in parts, the part's content is exchanged, because other views of it are used.
+    """
     ours = [*model.parameters(), *model.buffers()]
     theirs = [*average.parameters(), *average.buffers()]
     with torch.no_grad():
         for a, b in zip(ours, theirs, strict=True):
-            a.data, b.data = b.data, a.data
+            if is_sharded(a):
+                a, b = local_part(a), local_part(b)
+                b.copy_(_replaced(a, b))
+            else:
+                a.data, b.data = b.data, a.data
+
+
+def _replaced(tensor: Tensor, new: Tensor) -> Tensor:
+    """Overwrite a tensor with a new content, and return the earlier one."""
+    earlier = tensor.clone()
+    tensor.copy_(new)
+    return earlier
 
 
 def _on_floats(rule: Rule) -> Rule:
@@ -175,7 +195,7 @@ def _on_floats(rule: Rule) -> Rule:
         pairs = list(zip(averaged, newest, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         if floats:
-            rule([a for a, _ in floats], [b for _, b in floats], num_averaged)
+            rule([local_part(a) for a, _ in floats], [local_part(b) for _, b in floats], num_averaged)
         for counter, value in pairs:
             if not counter.is_floating_point():
                 counter.copy_(value)

@@ -19,6 +19,7 @@ from .checkpoint import CheckpointDirectory, check_plain, load_verified
 from .errors import CheckpointError, ConfigurationError
 from .record import Record
 from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
+from .sharded import like_module, like_optimizer, made_whole
 from .state_check import impossible_values
 from .trial_step import trial_step
 from .weights import unwrap, weight_differences
@@ -76,14 +77,21 @@ def run_state(engine: Engine) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "run": engine.run.state_dict(engine.step),
-        "parts": {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()},
-        "update": engine.update.state_dict(),
+        "parts": _whole(
+            engine, {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()}
+        ),
+        "update": _whole(engine, engine.update.state_dict()),
         "ranks": engine.ranks.gather({"rng": rng_state(), "train": engine.stages["train"].state_dict()}),
         "history": engine.history.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in named_callbacks(engine.callbacks).items()},
     }
     check_plain(state, "state")
     return state
+
+
+def _whole(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with whole tensors on rank 0, which writes it."""
+    return made_whole(state, is_kept=engine.ranks.is_main) if engine.ranks.several else state
 
 
 def find_state(engine: Engine, resume: str | Path) -> Found | None:
@@ -192,7 +200,8 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
     undo.callback(set_rng_state, rng_state())
     _load_rng(engine, state["ranks"], state["counters"]["step"])
     for name, module in modules.items():
-        unwrap(module).load_state_dict(state["parts"][name])
+        bare = unwrap(module)
+        bare.load_state_dict(like_module(state["parts"][name], bare))
     if missing := sorted(callbacks.keys() - saved.keys()):
         logger.warning("There is no state of: %s. They start from the beginning.", ", ".join(missing))
     if extra := sorted(saved.keys() - callbacks.keys()):
@@ -224,7 +233,7 @@ def _load_part(name: str, part: Any, saved: Any, undo: ExitStack) -> None:
     if not isinstance(part, torch.optim.Optimizer):
         earlier = copy.deepcopy(earlier)
     undo.callback(part.load_state_dict, earlier)  # an optimizer takes the same tensors back
-    part.load_state_dict(saved)
+    part.load_state_dict(like_optimizer(saved, part) if isinstance(part, torch.optim.Optimizer) else saved)
     if isinstance(part, torch.optim.Optimizer) and (error := trial_step(part, earlier["param_groups"])):
         raise TypeError(f"{name} could not step: {error!r}") from error
 

@@ -26,6 +26,7 @@ from .loss_check import check_loss
 from .parameters import parameters_of
 from .ranks import Ranks, Share
 from .renamed import OF_UPDATE, refuse_old_names
+from .sharded import parts_like
 from .window import MAIN, Window, WindowSize
 
 if TYPE_CHECKING:
@@ -249,7 +250,8 @@ class Update:
             window.has_gradients = any(grad is not None for grad in saved["grads"] or ())
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
                 for parameter, grad in zip(parameters_of(self._optimizer(window)), saved["grads"], strict=True):
-                    parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
+                    part = parts_like(grad, parameter)
+                    parameter.grad = None if part is None else part.to(parameter.device, copy=True)
             if window.scaler is not None and saved["scaler"] is not None:
                 window.scaler.load_state_dict(saved["scaler"])
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .sharded import like_module
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None:
@@ -24,7 +25,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None
             f"{source} is of another architecture: {'; '.join(differences[:5])}{more}. "
             "Build the model as it was when the file was written; nothing was loaded."
         )
-    target.load_state_dict(weights)
+    target.load_state_dict(like_module(weights, target))
 
 
 def weight_differences(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,114 @@
+"""Tensors of which each rank holds a part: torch's DTensor. Here they become whole, and whole ones become parts.
+
+Without several ranks there are none, and everything is returned as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import tree_map
+
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is one that ranks hold in parts."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # imported only where there are such tensors
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def has_shards(tensors: Iterable[object]) -> bool:
+    """Return whether any of the tensors is held in parts."""
+    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part, which shares its memory with the tensor; a tensor that is whole as it is."""
+    part: Any = tensor.detach()
+    return part.to_local() if is_sharded(tensor) else tensor
+
+
+def made_whole(value: Any, *, is_kept: bool = True) -> Any:
+    """Return nested values with whole tensors, on the CPU, in the place of those that are held in parts.
+
+    All ranks must call this, with values of the same structure.
+
+    Args:
+        value: tensors in tuples, lists and dicts.
+        is_kept: whether this rank needs them; if not, there are empty ones in their place.
+    """
+
+    def gather(tensor: Any) -> Any:
+        if not is_sharded(tensor):
+            return tensor
+        gathered = tensor.detach().full_tensor()
+        return gathered.cpu() if is_kept else torch.empty(0)
+
+    return tree_map(gather, value)
+
+
+def parts_like(value: Any, own: Any) -> Any:
+    """Return this rank's part of a whole tensor, laid out as ``own`` is; nothing is sent."""
+    if not is_sharded(own) or is_sharded(value) or not isinstance(value, Tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = distribute_tensor(value.detach().to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    return placed.clone()  # a part of the whole would keep all of it in memory
+
+
+def like_module(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """Return a module's whole state with parts in the place of those tensors that the module holds in parts."""
+    own = module.state_dict()
+    if not has_shards(own.values()):
+        return state
+    return {name: parts_like(value, own.get(name)) for name, value in state.items()}
+
+
+def like_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's whole state with parts in the place of what it holds for parameters in parts."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not has_shards(parameters):
+        return state
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    own = dict(zip(numbers, parameters, strict=True))
+    placed = {
+        number: {
+            key: parts_like(value, own[number]) if _has_its_shape(value, own.get(number)) else value
+            for key, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return state | {"state": placed}
+
+
+def _has_its_shape(value: object, parameter: Tensor | None) -> bool:
+    return isinstance(value, Tensor) and parameter is not None and value.shape == parameter.shape
+
+
+def shell_of(module: nn.Module) -> nn.Module:
+    """Return copies of a module's parameters and buffers under their names, in modules that compute nothing.
+
+    A module that is held in parts cannot be copied itself.
+    """
+    return _shell(module, {})
+
+
+def _shell(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
+    if id(module) in copies:
+        return copies[id(module)]  # type: ignore[no-any-return]
+    copy = copies[id(module)] = nn.Module()
+    for name, parameter in module._parameters.items():
+        if parameter is not None and id(parameter) not in copies:
+            copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        copy.register_parameter(name, None if parameter is None else copies[id(parameter)])
+    for name, buffer in module._buffers.items():
+        is_saved = name not in module._non_persistent_buffers_set
+        copy.register_buffer(name, None if buffer is None else buffer.clone(), persistent=is_saved)
+    for name, child in module._modules.items():
+        copy.add_module(name, None if child is None else _shell(child, copies))
+    return copy

@@ -1,0 +1,464 @@
+"""A model that several ranks hold in parts: the same weights, averages and files as those of one process."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import refused
+from ranks import on_ranks
+from test_ranks import accuracy, assert_alike, data, everything_on, model, plain
+from torch import Tensor, nn
+
+from camshaft.callbacks import (
+    Accumulate,
+    BestCheckpoint,
+    ClipGradients,
+    Compile,
+    Distributed,
+    FreezeUntil,
+    LearningRateFinder,
+    MixedPrecision,
+    Penalty,
+    Placement,
+    RunCheckpoint,
+    StopOnNonFinite,
+    WeightAverage,
+)
+from camshaft.callbacks.fsdp import matching_modules
+from camshaft.engine import (
+    Callback,
+    ConfigurationError,
+    Engine,
+    StepEnd,
+    Trainer,
+    at,
+    has_shards,
+    is_sharded,
+    local_part,
+    made_whole,
+    parameters_of,
+)
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+pytestmark = pytest.mark.skipif(
+    not hasattr(getattr(fsdp, "FSDPModule", None), "set_custom_reduce_scatter"),
+    reason="this torch cannot weigh the gradients of ranks",
+)
+Kind = Callable[[], Distributed]
+Callbacks = Callable[[], list[Callback]]
+
+UNITS = ["0", "2"]
+
+
+def sharded(**settings: Any) -> Distributed:
+    return Distributed("fsdp", **({"units": UNITS} | settings))
+
+
+def with_penalty() -> list[Callback]:
+    return [Placement("cpu"), Penalty(l1=0.001, l2=0.01), ClipGradients(value=0.01), FreezeUntil(2, ["2.*"])]
+
+
+def make(kind: Kind, callbacks: Callbacks, net: nn.Module | None = None) -> Engine:
+    net = model() if net is None else net
+    return Trainer(
+        net,
+        torch.optim.SGD(net.parameters(), 0.3, momentum=0.9),
+        nn.CrossEntropyLoss(),
+        metrics={"acc": accuracy},
+        callbacks=[kind(), *callbacks()],
+        seed=7,
+    )
+
+
+def fit(kind: Kind, callbacks: Callbacks, *, epochs: int = 3, **settings: Any) -> dict[str, Any]:
+    trainer = make(kind, callbacks)
+    trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=epochs, **settings)
+    return outcome(trainer)
+
+
+def by_hand(kind: Kind, callbacks: Callbacks) -> dict[str, Any]:
+    """The script style, with a backward pass and an update of its own."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), 0.3, momentum=0.9)
+    engine = Engine(model=net, optimizer=optimizer, callbacks=[kind(), *callbacks()], seed=7)
+    for _ in engine.epochs(3):
+        for inputs, target in engine.train(data()):
+            loss = nn.functional.cross_entropy(net(inputs), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.record(loss=loss)
+        for inputs, target in engine.validate(data(37, shuffle=False, seed=1)):
+            engine.record(loss=nn.functional.cross_entropy(net(inputs), target))
+    return outcome(engine)
+
+
+def outcome(engine: Engine) -> dict[str, Any]:
+    return {
+        "weights": flat(engine.parts["model"].parameters()),
+        "rows": engine.history.rows,
+        "reason": engine.history.reason,
+        "counters": [engine.epoch, engine.step, engine.num_updates, engine.num_validations],
+    }
+
+
+def flat(parameters: Iterator[Tensor]) -> Tensor:
+    return torch.cat([made_whole(parameter).detach().reshape(-1) for parameter in parameters])
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "style", "callbacks"),
+    [
+        (2, fit, plain),
+        (2, fit, everything_on),
+        (2, fit, with_penalty),
+        (2, by_hand, plain),
+        (4, fit, everything_on),
+    ],
+)
+def test_ranks_that_hold_parts_train_as_one_process_does(
+    world: int, style: Callable[..., dict[str, Any]], callbacks: Callbacks
+) -> None:
+    """Also with a short last batch, of which some ranks have no sample, and with windows that it cuts short."""
+    alone = style(sharded, callbacks)
+    results = on_ranks(world, style, sharded, callbacks)
+    assert all(result["rows"] == results[0]["rows"] for result in results)
+    assert_alike(results[0], alone)
+
+
+def test_parts_may_be_held_by_several_ranks_each() -> None:
+    mesh = {"shard": 2, "replicate": 2}
+    results = on_ranks(4, fit, partial(sharded, mesh=mesh), everything_on)
+    assert_alike(results[0], fit(sharded, everything_on))
+
+
+def test_a_weight_is_cut_into_as_many_parts_as_the_mesh_says() -> None:
+    def sizes(mesh: dict[str, int] | None) -> tuple[int, int]:
+        parameters = parameters_of(make(partial(sharded, mesh=mesh), plain).parts["optimizer"])
+        return sum(local_part(p).numel() for p in parameters), sum(p.numel() for p in parameters)
+
+    whole_size = sum(parameter.numel() for parameter in model().parameters())
+    parts = on_ranks(4, sizes, None)
+    assert sum(part for part, _ in parts) == whole_size
+    assert {full for _, full in parts} == {whole_size}
+    parts = on_ranks(4, sizes, {"replicate": 2, "shard": 2})
+    assert sum(part for part, _ in parts) == 2 * whole_size
+
+
+def test_float32_and_a_fused_adamw_agree_to_six_digits() -> None:
+    def weights() -> Tensor:
+        net = model().float()
+        optimizer = torch.optim.AdamW(net.parameters(), 0.01, fused=True)
+        trainer = Trainer(net, optimizer, nn.CrossEntropyLoss(), callbacks=[sharded(), ClipGradients(0.5)], seed=7)
+        trainer.fit([(inputs.float(), target) for inputs, target in data(shuffle=False)], epochs=3)
+        return flat(net.parameters())
+
+    torch.testing.assert_close(on_ranks(2, weights)[0], weights(), rtol=0, atol=1e-6)
+
+
+def test_a_policy_computes_in_its_precision_and_keeps_the_weights_in_theirs() -> None:
+    def types() -> tuple[torch.dtype, torch.dtype, float]:
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        net = model().float()
+        trainer = make(partial(sharded, policy=policy), plain, net)
+        trainer.fit([(inputs.float(), target) for inputs, target in data(shuffle=False)], epochs=3)
+        output = trainer.predict([torch.zeros(4, 5)])
+        return output.dtype, next(net.parameters()).dtype, trainer.history["train_loss"][-1]
+
+    output, weight, loss = on_ranks(2, types)[0]
+    assert (output, weight) == (torch.bfloat16, torch.float32)
+    assert loss == pytest.approx(fit(sharded, plain)["rows"][-1]["train_loss"], abs=0.1)
+
+
+def test_a_compiled_model_is_sharded_too() -> None:
+    alone = fit(sharded, plain)
+    assert_alike(on_ranks(2, fit, sharded, lambda: [Compile(backend="eager")])[0], alone)
+
+
+def test_evaluations_and_predictions_are_those_of_one_process() -> None:
+    def results() -> tuple[dict[str, Any], Tensor, bool]:
+        trainer = make(sharded, lambda: [WeightAverage(decay=0.5)])
+        trainer.fit(data(), epochs=1)
+        val = data(37, shuffle=False, seed=1)
+        measured, predicted = trainer.evaluate(val), trainer.predict(val)
+        return measured, predicted, has_shards(trainer.parts["model"].parameters())
+
+    (measured, predicted, _), ranks = results(), on_ranks(2, results)
+    for of_rank, predicted_by_rank, is_in_parts in ranks:
+        assert of_rank == pytest.approx(measured, abs=1e-12)
+        torch.testing.assert_close(predicted_by_rank, predicted, rtol=0, atol=1e-12)
+        assert is_in_parts
+
+
+class _Experts(nn.Module):
+    """Only one of two layers is used, by the number of the sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.experts = nn.ModuleList([nn.Linear(5, 2), nn.Linear(5, 2)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.experts[int(inputs[0, 0] > 0)](inputs)
+        return output
+
+
+def test_ranks_may_leave_out_different_parameters_if_that_is_said() -> None:
+    def weights() -> Tensor:
+        trainer = make(lambda: Distributed("fsdp", find_unused_parameters=True), plain, _Experts())
+        inputs = torch.tensor([[1.0] * 5, [-1.0] * 5])
+        trainer.fit([(inputs, torch.tensor([0, 1]))], epochs=2)
+        return flat(trainer.parts["model"].parameters())
+
+    ranks = on_ranks(2, weights)
+    assert torch.equal(*ranks)
+    assert not torch.equal(ranks[0], flat(_Experts().parameters()))
+
+
+# The first weights ------------------------------------------------------------------------------------------
+
+
+def test_every_rank_begins_with_the_weights_of_rank_0() -> None:
+    def weights() -> Tensor:
+        torch.manual_seed(torch.distributed.get_rank())
+        net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+        dict(net.named_buffers())["1.running_mean"].fill_(torch.distributed.get_rank())
+        make(lambda: Distributed("fsdp", batch_norm="local"), plain, net)
+        return flat(iter([*net.parameters(), *net.buffers()]))
+
+    torch.manual_seed(0)
+    expected = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+    for of_rank in on_ranks(2, weights):
+        assert torch.equal(of_rank, flat(iter([*expected.parameters(), *expected.buffers()])))
+
+
+def made_on(device: str, init: Any = None) -> Tensor:
+    """Make a model on a device, train it, and return its weights."""
+    torch.manual_seed(3)
+    with torch.device(device):
+        net = nn.Sequential(nn.Linear(5, 8, dtype=torch.float64), nn.Tanh(), nn.Linear(8, 2, dtype=torch.float64))
+    torch.manual_seed(3)
+    trainer = make(partial(sharded, init=init), plain, net)
+    trainer.fit(data(), epochs=1)
+    return flat(net.parameters())
+
+
+def fill(net: nn.Module) -> None:
+    for number, parameter in enumerate(net.parameters()):
+        parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / (10.0 + number))
+
+
+@pytest.mark.parametrize("init", [None, fill])
+def test_a_model_on_the_meta_device_gets_the_weights_that_it_has_in_one_process(init: Any) -> None:
+    alone = made_on("meta", init)
+    assert torch.equal(alone, made_on("cpu")) == (init is None)
+    for of_rank in on_ranks(2, made_on, "meta", init):
+        torch.testing.assert_close(of_rank, alone, rtol=0, atol=1e-12)
+
+
+def test_a_model_that_is_whole_on_rank_0_alone_is_sent_to_the_others() -> None:
+    def weights() -> Tensor:
+        return made_on("cpu" if torch.distributed.get_rank() == 0 else "meta")
+
+    for of_rank in on_ranks(2, weights):
+        torch.testing.assert_close(of_rank, made_on("cpu"), rtol=0, atol=1e-12)
+
+
+class Scale(nn.Module):
+    """A layer that cannot be reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+def test_a_layer_that_says_nothing_of_its_first_weights_needs_a_function() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(2, 2), Scale())
+    with refused(ConfigurationError, "The part model has no weights yet", "Scale has no reset_parameters"):
+        make(sharded, plain, net)
+
+
+def test_the_state_of_an_optimizer_that_has_stepped_is_kept() -> None:
+    def weights() -> Tensor:
+        net = model()
+        optimizer = torch.optim.AdamW(net.parameters(), 0.05)
+        for _ in range(3):
+            net(torch.ones(2, 5, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        Trainer(net, optimizer, nn.CrossEntropyLoss(), callbacks=[sharded()], seed=7).fit(data(), epochs=1)
+        return flat(net.parameters())
+
+    torch.testing.assert_close(on_ranks(2, weights)[0], weights(), rtol=0, atol=1e-12)
+
+
+# Files ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_weights_are_one_plain_file_and_are_restored_on_every_rank(tmp_path: Path) -> None:
+    def run(directory: Path | None) -> tuple[Tensor, Any]:
+        best = BestCheckpoint("val_loss", directory=directory, top_k=2, restore=True)
+        trainer = make(sharded, lambda: [WeightAverage(decay=0.5), best])
+        trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=4)
+        return flat(trainer.parts["model"].parameters()), best.weights()
+
+    alone, _ = run(tmp_path / "alone")
+    for directory in (tmp_path / "ranks", None):
+        for restored, weights in on_ranks(2, run, directory):
+            torch.testing.assert_close(restored, alone, rtol=0, atol=1e-12)
+            torch.testing.assert_close(flat(weights.values()), alone, rtol=0, atol=1e-12)
+    assert len(list((tmp_path / "ranks").glob("val_loss=*"))) == 2
+    ours = torch.load(tmp_path / "alone" / "best.optimizer.pt", weights_only=True)
+    theirs = torch.load(tmp_path / "ranks" / "best.optimizer.pt", weights_only=True)
+    torch.testing.assert_close(theirs["state"], ours["state"], rtol=0, atol=1e-12)
+
+
+def cut(kind: Kind, directory: Path, step: int) -> int:
+    """Begin a run that is interrupted after a step, within a window."""
+    return resume(kind, directory, step)["counters"][1]  # type: ignore[no-any-return]
+
+
+def resume(kind: Kind, directory: Path, step: int | None = None) -> dict[str, Any]:
+    def callbacks() -> list[Callback]:
+        return [Accumulate(3), WeightAverage(decay=0.9), RunCheckpoint(directory)]
+
+    trainer = make(kind, callbacks)
+    if step is not None:
+        trainer.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(step))
+    trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=3, resume="auto")
+    return outcome(trainer)
+
+
+KINDS: dict[str, Kind] = {
+    "replicated": Distributed,
+    "sharded": sharded,
+    "both": partial(sharded, mesh={"replicate": 2, "shard": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "world_before", "after", "world_after"),
+    [
+        ("sharded", 4, "sharded", 2),
+        ("sharded", 2, "replicated", 1),
+        ("replicated", 2, "both", 4),
+        ("both", 4, "replicated", 2),
+    ],
+)
+def test_a_checkpoint_continues_on_any_number_of_ranks_of_either_kind(
+    before: str, world_before: int, after: str, world_after: int, tmp_path: Path
+) -> None:
+    steps = on_ranks(world_before, cut, KINDS[before], tmp_path / "run", 11)
+    assert {11} <= set(steps) <= set(range(11, 13))
+    results = on_ranks(world_after, resume, KINDS[after], tmp_path / "run")
+    assert_alike(results[0], resume(Distributed, tmp_path / "alone"))
+
+
+# What cannot work -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrases"),
+    [
+        ({"kind": "fsdb"}, ["does not know 'fsdb'"]),
+        ({"units": ["0"]}, ['units, which only "fsdp" takes']),
+        ({"mesh": {"shard": 2}, "init": fill}, ['mesh and init, which only "fsdp" takes']),
+        ({"kind": "fsdp", "units": "layers.*"}, ["units='layers.*'", "is not a list"]),
+        ({"kind": "fsdp", "units": [nn.Linear]}, ["among its units"]),
+        ({"kind": "fsdp", "mesh": {"shards": 2}}, ["does not say how weights are cut"]),
+        ({"kind": "fsdp", "mesh": {"replicate": 2}}, ["does not say how weights are cut"]),
+        ({"kind": "fsdp", "mesh": {"replicate": 2, "shard": 1}}, ["cuts nothing"]),
+        ({"kind": "fsdp", "mesh": {"shard": 2.0}}, ["cuts nothing"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_made(settings: dict[str, Any], phrases: list[str]) -> None:
+    with refused(ConfigurationError, *phrases):
+        Distributed(**settings)
+
+
+def test_what_cannot_be_sharded_is_refused_when_attached() -> None:
+    def attach() -> None:
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        with refused(ConfigurationError, 'No module matches "layers.*"', "Give one of these: 0, 1, 2."):
+            make(lambda: Distributed("fsdp", units=["0", "layers.*"]), plain)
+        with refused(ConfigurationError, 'No module matches "encoder"', 'Did you mean "encode"?'):
+            make(lambda: Distributed("fsdp", units=["encoder"]), plain, nn.ModuleDict({"encode": nn.Linear(5, 2)}))
+        with refused(ConfigurationError, "which is for 6 ranks, and there are 2"):
+            make(partial(sharded, mesh={"replicate": 2, "shard": 3}), plain)
+        with refused(ConfigurationError, "A ModuleList cannot be sharded"):
+            make(lambda: Distributed("fsdp", units=["experts"]), plain, _Experts())
+        with refused(ConfigurationError, "trains with one optimizer", "first, second"):
+            Engine(model=net, first=optimizer, second=optimizer, callbacks=[sharded()], seed=0)
+        with refused(ConfigurationError, "The parts model and head share parameters"):
+            Engine(model=net, head=net.get_submodule("2"), callbacks=[sharded()], seed=0)
+        with refused(ConfigurationError, "The optimizer holds parameters of no part"):
+            Engine(optimizer=optimizer, callbacks=[sharded()], seed=0)
+        make(sharded, plain, net)
+        with refused(ConfigurationError, "The part model is sharded already"):
+            make(sharded, plain, net)
+
+    on_ranks(2, attach)
+
+
+def test_handlers_that_cannot_work_with_parts_say_so_before_the_first_step() -> None:
+    def attach() -> None:
+        with refused(ConfigurationError, "would move it", 'Write Placement("cpu")'):
+            make(sharded, lambda: [Placement("cpu", channels_last=True)])
+        with refused(ConfigurationError, "would move it"):
+            make(sharded, lambda: [Placement("meta")])
+        with refused(ConfigurationError, "LearningRateFinder copies the model"):
+            LearningRateFinder().run(make(sharded, plain), data())
+
+    on_ranks(2, attach)
+
+
+def test_of_nested_modules_a_pattern_means_the_outer_ones() -> None:
+    net = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(2)])})
+    assert list(matching_modules(net, "layers.*")) == ["layers.0", "layers.1"]
+    assert list(matching_modules(net, "layers.*.0")) == ["layers.0.0", "layers.1.0"]
+    assert list(matching_modules(net, "*")) == ["layers"]
+    assert list(matching_modules(net, "head")) == []
+
+
+def test_with_one_process_a_model_is_as_it_was_given() -> None:
+    net = model()
+    parameters = list(net.parameters())
+    trainer = make(sharded, plain, net)
+    assert all(a is b for a, b in zip(parameters_of(trainer.parts["optimizer"]), parameters, strict=True))
+    assert not any(map(is_sharded, net.parameters()))
+    assert type(net) is nn.Sequential
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all() -> None:
+    def weights() -> Tensor:
+        net = model()
+        trainer = make(sharded, lambda: [StopOnNonFinite("skip")], net)
+        inputs = torch.ones(4, 5, dtype=torch.float64)
+        inputs[3] = torch.nan
+        trainer.fit([(inputs, torch.tensor([0, 1, 0, 1]))], epochs=1)
+        assert trainer.num_skipped_updates == 1
+        return flat(net.parameters())
+
+    for of_rank in on_ranks(2, weights):
+        assert torch.equal(of_rank, flat(model().parameters()))
+
+
+def test_bfloat16_autocast_trains_parts() -> None:
+    def losses() -> list[float]:
+        trainer = make(sharded, lambda: [MixedPrecision("bf16")], model().float())
+        trainer.fit([(inputs.float(), target) for inputs, target in data(shuffle=False)], epochs=3)
+        return trainer.history["train_loss"]
+
+    ours = losses()
+    assert on_ranks(2, losses)[0] == pytest.approx(ours, abs=0.05)
