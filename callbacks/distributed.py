@@ -170,6 +170,11 @@ class Distributed(Callback):
                 'torch.nn.SyncBatchNorm.convert_sync_batchnorm(model), or write Distributed(batch_norm="local").'
             )
 
+    def before_resume(self, state: dict[str, Any]) -> None:
+        """Know that gradients in a checkpoint, of a window that was open, were added up before it was written."""
+        for replica in self._replicas:
+            replica.is_reduced = True
+
     def on_fit_start(self, event: FitStart) -> None:
         """Begin on every rank with the weights and buffers of rank 0; weights that are sharded began so before."""
         ranks = event.engine.ranks
