@@ -221,7 +221,23 @@ class _Replica:
             _Parameters(parameters), find_unused_parameters=self._find_unused_parameters, init_sync=False
         )
         replica.register_comm_hook(None, lambda _, bucket: self._add_up(bucket))
+        self._settle(replica, parameters)
         return replica
+
+    def _settle(self, replica: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
+        """Let torch arrange its buckets now: by a backward pass of zeros, and not by the first one of a training step.
+
+        Which rank's gradients are added to which depends on their places. A run that was resumed must add up those of
+        its first step as one that was not.
+        """
+        kept, is_reduced = [parameter.grad for parameter in parameters], self.is_reduced
+        for parameter in parameters:
+            parameter.grad = None
+        nothing = [parameter.flatten()[:0].sum() for parameter in parameters]
+        torch.autograd.backward(replica(nothing), [torch.zeros_like(value) for value in nothing])
+        for parameter, grad in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+        self.is_reduced = is_reduced
 
     def _add_up(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Return the sum of all ranks' gradients, each weighted by its share; shares add up to 1.

@@ -192,6 +192,12 @@ def test_signals_to_ranks_leave_no_trace_in_the_resumed_run(style: Style, tmp_pa
     assert results[0] == results[1] > 2
 
 
+def test_three_ranks_add_up_the_first_gradients_after_a_resume_as_the_others(tmp_path: Path) -> None:
+    """Which of three numbers are added first shows in the last bit."""
+    cut = [Shot(0, rank, StepEnd, 4, signal.SIGTERM, 0) for rank in range(3)]
+    assert on_ranks(3, run_cases, with_fit, tmp_path, [cut]) == [1, 1, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("style", [with_fit, with_validations_in_mid_epoch, as_a_script])
