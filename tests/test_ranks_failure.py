@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import struck
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from camshaft.callbacks import Distributed, RunCheckpoint
 from camshaft.engine import (
     Callback,
+    CheckpointDirectory,
     Engine,
     EpochEnd,
     Event,
@@ -251,6 +254,98 @@ def fail_to_save(directory: Path) -> None:
 
     checkpoint.checkpoints.save = save  # type: ignore[method-assign, assignment]
     train(regression(checkpoint))
+
+
+def be_signalled_twice() -> None:
+    """The first signal lets the step be finished; the second has its usual effect."""
+
+    def send_twice() -> None:
+        note_the_time()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train(at_event(StepEnd, 3, send_twice))
+
+
+def test_a_second_signal_to_one_rank_ends_all_of_them() -> None:
+    ends = ends_of_ranks(2, be_signalled_twice)
+    assert ends[1].exit_code == -signal.SIGTERM
+    assert_all_have_ended(ends, 1, "is gone")
+
+
+def be_signalled_in_a_save(directory: Path) -> None:
+    """Rank 0 gets a signal while it writes, when the others wait for it."""
+    checkpoint = RunCheckpoint(directory, every_steps=3)
+    save = checkpoint.checkpoints.save
+
+    def send_and_save(state: dict[str, Any], step: int) -> Any:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(state, step)
+
+    checkpoint.checkpoints.save = send_and_save  # type: ignore[method-assign]
+    engine = regression(checkpoint)
+    train(engine)
+    print(f"ended with {engine.history.exit_code} after step {engine.step}", flush=True)
+
+
+def test_a_signal_in_a_save_ends_all_ranks_after_one_step_with_a_checkpoint_of_it(tmp_path: Path) -> None:
+    ends = ends_of_ranks(2, be_signalled_in_a_save, tmp_path)
+    newest = CheckpointDirectory(tmp_path).files()[0]
+    assert newest.step in (4, 5)  # the other rank was told before it had made many more
+    for end in ends:
+        assert end.exit_code == 0
+        assert f"ended with 143 after step {newest.step}" in end.printed
+
+
+def save_each_step(directory: Path, fatal: int) -> None:
+    """Resume, and save after each step; rank 0 is killed before its ``fatal``-th call that touches the disk.
+
+    A write counts as a twentieth of one, because a save has so many of them.
+    """
+    calls = 0.0
+
+    def strike(name: str) -> None:
+        nonlocal calls
+        calls += 0.05 if name == "write" else 1
+        if calls >= fatal and rank() == 0:
+            kill()
+
+    with struck(strike):
+        engine = regression(RunCheckpoint(directory, every_steps=1, keep=2))
+        data = DataLoader(Samples(96), 8, shuffle=True)
+        engine.fit(data, epochs=100, resume="auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rank_that_is_killed_in_a_save_leaves_a_good_checkpoint(seed: int, tmp_path: Path) -> None:
+    """Ten kills each, and a resume after each of them; at last a byte of the newest file is another one."""
+    draw, steps = random.Random(seed), []
+    for _ in range(10):
+        ends = ends_of_ranks(2, save_each_step, tmp_path, draw.randint(15, 80))
+        assert ends[0].exit_code == -signal.SIGKILL, ends[0].printed
+        assert ends[1].exit_code == 1, ends[1].printed
+        steps.append(good_step(tmp_path))
+    assert steps == sorted(steps)
+    assert steps[-1] > 10
+    newest = CheckpointDirectory(tmp_path).files()[0].path
+    flip_a_byte(newest, draw)
+    ends = ends_of_ranks(2, save_each_step, tmp_path, 60)
+    assert f"{newest.name} is damaged" in ends[0].printed
+    assert good_step(tmp_path) >= steps[-1] - 1
+
+
+def good_step(directory: Path) -> int:
+    """Return the step of the newest checkpoint, which loads; 0 if the first one was not written."""
+    newest = CheckpointDirectory(directory).load_newest()
+    return 0 if newest is None else int(newest[0]["counters"]["step"])
+
+
+def flip_a_byte(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
 
 
 def slow(function: Callable[[], None]) -> Any:
