@@ -84,7 +84,7 @@ def _ends(processes: list[Any], lingers: int | None) -> list[float]:
 def _as_a_script(directory: Path, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    sys.stdout = sys.stderr = open(directory / f"printed-{rank}", "w")  # noqa: SIM115  # for as long as this process
+    sys.stdout = sys.stderr = open(directory / f"printed-{rank}", "w", buffering=1)  # noqa: SIM115  # for as long as this process
     os.dup2(sys.stdout.fileno(), 2)
     code = 0
     try:
@@ -331,8 +331,8 @@ def test_a_rank_that_is_killed_in_a_save_leaves_a_good_checkpoint(seed: int, tmp
     assert steps[-1] > 10
     newest = CheckpointDirectory(tmp_path).files()[0].path
     flip_a_byte(newest, draw)
-    ends = ends_of_ranks(2, save_each_step, tmp_path, 60)
-    assert f"{newest.name} is damaged" in ends[0].printed
+    ends_of_ranks(2, save_each_step, tmp_path, 60)
+    assert newest.with_suffix(".damaged").exists()
     assert good_step(tmp_path) >= steps[-1] - 1
 
 
