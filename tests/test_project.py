@@ -143,7 +143,7 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv"} < left
 
 
-@pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md"])
+@pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md"])
 def test_the_code_in_the_docs_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
