@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
 
 from .batch import tree_map
 from .data import has_positions, loader_like, one_pass, samplers
@@ -150,14 +158,17 @@ class _SeededDataset(Dataset[Any]):
         self._seed = seed
 
     def __getitems__(self, tagged: list[Any]) -> list[Any]:
-        if get_worker_info() is None:
-            with preserve_rng():
-                return self._read(tagged)
-        return self._read(tagged)
+        if get_worker_info() is not None:  # the function that joins samples may draw what the last one has left
+            return self._read(tagged)
+        if type(_whole(self._dataset)) is TensorDataset:  # it draws nothing, and seeding takes longer than reading
+            (epoch, position), *indices = tagged
+            return [self._read_one(index, epoch, position + offset) for offset, index in enumerate(indices)]
+        with preserve_rng():
+            return self._read(tagged)
 
     def _read(self, tagged: list[Any]) -> list[Any]:
         (epoch, position), *indices = tagged
-        if _reads_batches(self._dataset):  # one seed for each batch
+        if hasattr(_whole(self._dataset), "__getitems__"):  # it reads a batch at a time: one seed for each batch
             self._seed_all(mix(self._seed, epoch, position + 2))
             items: list[Any] = self._dataset.__getitems__(indices)  # type: ignore[attr-defined]  # it was asked
             return items
@@ -183,11 +194,11 @@ class _SeededDataset(Dataset[Any]):
             hook(seed)
 
 
-def _reads_batches(dataset: object) -> bool:
-    """Return whether a dataset reads a batch at a time; a part of one does so only if the whole does."""
+def _whole(dataset: Dataset[Any]) -> Dataset[Any]:
+    """Return the data set of which this is a `Subset`, or itself: that is what reads the samples."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    return hasattr(dataset, "__getitems__")
+    return dataset
 
 
 def _alike(one: Any, other: Any) -> bool:
