@@ -168,6 +168,30 @@ def test_text_learns(tmp_path: Path) -> None:
     assert_finished(engine, "loss.png")
 
 
+def test_fsdp_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One letter for every place, or one of 16 at random, is right on 6 to 7 %."""
+    trainer = run("fsdp", tmp_path)
+    assert max(trainer.history["val_acc"]) > 0.9
+    assert_finished(trainer)
+    line = capsys.readouterr().out.splitlines()[-2]
+    assert line == line[:6] * 3
+
+
+@pytest.mark.slow
+def test_fsdp_gives_on_two_processes_what_it_gives_on_one(tmp_path: Path) -> None:
+    """Weights are compared, after training on each."""
+    arguments = ("--lines", 400, "--epochs", 2)
+    alone = run("fsdp", tmp_path / "one", *arguments).directory
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "examples" / "fsdp.py"]
+    subprocess.run(
+        [*map(str, [*command, *arguments, "--output", tmp_path / "two"])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=240,
+    )  # fmt: skip
+    (together,) = (tmp_path / "two").iterdir()
+    ours, theirs = (torch.load(one / "checkpoints" / "best.pt", weights_only=True) for one in (alone, together))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_noisy_labels_shows_the_difference(tmp_path: Path) -> None:
     """One class for every image is right on 10 to 12 %; equal losses would differ by nothing."""
