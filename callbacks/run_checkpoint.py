@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from camshaft.engine import (
+    PART_DIGESTS,
     BatchReady,
     Callback,
     CheckpointDirectory,
@@ -25,12 +26,17 @@ from camshaft.engine import (
     StepEnd,
     ensure_writable,
     every_seconds,
+    has_shards,
     run_state,
+    take_apart,
     tree_map,
     whole_number,
+    write_part,
 )
 
 logger = logging.getLogger("camshaft")
+
+T = TypeVar("T")
 
 
 class RunCheckpoint(Callback):
@@ -47,6 +53,8 @@ class RunCheckpoint(Callback):
         every_steps, every_epochs, every_seconds: when to save; every epoch by default. Several may be given.
         keep: how many of the newest to keep; at least 1.
         keep_every: keep every n-th for ever, too.
+        sharded: what ranks hold in parts (``Distributed("fsdp")``) is not gathered: each rank writes its own, into a
+            directory beside the checkpoint. All ranks must see the directory. It is resumed by any number of ranks.
         background: copy the state on the training thread and write it on another; one write at a time. Its errors
             are seen at the next save, or at the end of the run.
         on_error: "warn" as described above, or "raise" at the first failure.
@@ -69,6 +77,7 @@ class RunCheckpoint(Callback):
         every_seconds: float | None = None,
         keep: int = 2,
         keep_every: int | None = None,
+        sharded: bool = False,
         background: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
@@ -81,6 +90,12 @@ class RunCheckpoint(Callback):
             raise ConfigurationError(f"RunCheckpoint has every_seconds={every_seconds}. Pass a number above 0.")
         if on_error not in ("warn", "raise"):
             raise ConfigurationError(f'RunCheckpoint has on_error={on_error!r}. Write "warn" or "raise".')
+        if sharded and background:
+            raise ConfigurationError(
+                "RunCheckpoint has sharded=True and background=True, and a write in the background cannot wait for "
+                "other ranks. Give one of them up."
+            )
+        self.sharded = sharded
         self.checkpoints: CheckpointDirectory = CheckpointDirectory(Path(directory))
         self.every_steps = every_steps
         self.every_epochs = every_epochs
@@ -117,8 +132,7 @@ class RunCheckpoint(Callback):
         engine = event.engine
         here = (engine.epoch, engine.step, engine.run.phase, engine.num_validations)
         if here != self._saved_at and self._is_due(engine):
-            state = run_state(engine)
-            self._error = engine.ranks.on_main(lambda: self._save(state, engine))
+            self._error = self._save_in_parts(engine) if self._is_in_parts(engine) else self._save_whole(engine)
             self._owns = self._owns or self._error is None
             self._saved_at = here if self._error is None else None
 
@@ -168,9 +182,29 @@ class RunCheckpoint(Callback):
             return self.every_steps is not None and engine.step % self.every_steps == 0
         return self.every_epochs is not None and engine.epoch % self.every_epochs == 0
 
+    def _is_in_parts(self, engine: Engine) -> bool:
+        return self.sharded and has_shards(parameter for _, parameter in engine.parts.named_parameters())
+
+    def _save_whole(self, engine: Engine) -> OSError | None:
+        state = run_state(engine)
+        return engine.ranks.on_main(lambda: self._save(state, engine))
+
+    def _save_in_parts(self, engine: Engine) -> OSError | None:
+        """Let every rank write its part; when all of them are on the disk, rank 0 writes the checkpoint itself."""
+        ranks = engine.ranks
+        state, parts = take_apart(run_state(engine, gathers=False))
+        directory = ranks.on_main(lambda: _or_error(self.checkpoints.begin_parts))
+        if not isinstance(directory, OSError):
+            written = ranks.gather(_or_error(lambda: write_part(directory, ranks.rank, parts)))
+        else:
+            written = [directory]
+        errors = [one for one in written if isinstance(one, OSError)]
+        state[PART_DIGESTS] = written
+        return ranks.on_main(lambda: self._failed(errors[0], _next(engine)) if errors else self._save(state, engine))
+
     def _save(self, state: dict[str, Any], engine: Engine) -> OSError | None:
         """Write the state, or begin to; return the error if that fails."""
-        then = "The run is over" if engine.run.is_over else "Training continues"
+        then = _next(engine)
         self._wait(then)
         if self._writer is not None:
             self._writer.start(state, engine.step)
@@ -219,6 +253,18 @@ class RunCheckpoint(Callback):
 
     def __repr__(self) -> str:
         return f"RunCheckpoint({str(self.checkpoints.path)!r}, keep={self.keep})"
+
+
+def _next(engine: Engine) -> str:
+    return "The run is over" if engine.run.is_over else "Training continues"
+
+
+def _or_error(write: Callable[[], T]) -> T | OSError:
+    """Return what a function returns, or the error of the disk that it raises: other ranks must hear of it."""
+    try:
+        return write()
+    except OSError as error:
+        return error
 
 
 class _Writer:

@@ -5,7 +5,7 @@ The first names are for everybody; those after `CheckpointError` are for authors
 
 from .batch import call_model, cut, first_tensor, move, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
-from .checkpoint import CheckpointDirectory, check_plain
+from .checkpoint import PART_DIGESTS, CheckpointDirectory, check_plain, write_part
 from .data import Data, check_data, one_pass, repeat
 from .dispatch import Subscription
 from .engine import Engine
@@ -55,7 +55,7 @@ from .parameters import Selection, decay_groups, is_weight, parameters_of, selec
 from .ranks import Ranks, Share, launched_rank, launched_world
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
-from .sharded import has_shards, is_sharded, local_part, made_whole, parts_like, shell_of
+from .sharded import has_shards, is_sharded, local_part, made_whole, parts_like, shell_of, take_apart
 from .stages import NOTHING, CurrentStage
 from .state import run_state
 from .step import FunctionStep, Step, SupervisedStep
@@ -141,6 +141,7 @@ __all__ = [
     "made_whole",
     "parts_like",
     "shell_of",
+    "take_apart",
     "as_metrics",
     "scalars",
     "format_values",
@@ -154,6 +155,8 @@ __all__ = [
     "remove_temporaries",
     "sync_directory",
     "CheckpointDirectory",
+    "write_part",
+    "PART_DIGESTS",
     "run_state",
     "check_plain",
     "preserve_rng",

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -18,9 +19,12 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .files import locked, remove_temporaries, write_durably
+from .files import locked, remove_temporaries, sync_directory, write_durably
+from .sharded import Parts, put_together
 
 logger = logging.getLogger("camshaft")
+
+PART_DIGESTS = "part_digests"  # the key, in a checkpoint, of the digests of its parts in the order of the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class CheckpointDirectory:
 
     A file's name is ``run-<number>-step-<step>-<first half of its SHA-256>.pt``. It takes that name only when it is
     complete and on the disk, so the listing of the directory is the index.
+
+    What several ranks hold in parts may be in files of theirs, in the directory ``.run-<number>.parts``. The
+    checkpoint then holds their digests, and is written last and removed first.
     """
 
     _NAME = re.compile(r"run-(\d{6,})-step-(\d+)-([0-9a-f]{32})\.pt")
@@ -52,12 +59,12 @@ class CheckpointDirectory:
         return sorted(found, key=lambda file: file.number, reverse=True)
 
     def save(self, state: dict[str, Any], step: int) -> CheckpointFile:
-        """Write one more.
+        """Write one more; if it is in parts, after those are written.
 
         Raises:
             OSError: if that fails; the others are as they were.
         """
-        number = max((file.number for file in self.files()), default=0) + 1
+        number = self._next_number()
         stem = f"run-{number:06d}-step-{step}"
         path = write_durably(
             self.path / stem,
@@ -65,6 +72,18 @@ class CheckpointDirectory:
             final=lambda digest: self.path / f"{stem}-{digest[:32]}.pt",
         )
         return CheckpointFile(path, number, step, path.stem[-32:])
+
+    def _next_number(self) -> int:
+        return max((file.number for file in self.files()), default=0) + 1
+
+    def begin_parts(self) -> Path:
+        """Make a new directory for the parts of the next checkpoint; one that was left there was never complete."""
+        directory = parts_of(self.path, self._next_number())
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir()
+        sync_directory(self.path)
+        return directory
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
         """Return the newest checkpoint that is complete, and its path; None if there are no checkpoints.
@@ -99,14 +118,42 @@ class CheckpointDirectory:
         return locked(self.path)
 
     def sweep(self) -> None:
-        """Remove the temporary files of writers that were killed."""
+        """Remove the temporary files of writers that were killed, and parts that belong to no checkpoint."""
         remove_temporaries(self.path, "run-*-step-*")
+        named = {file.name.split("-")[1] for file in self.path.glob("run-*-step-*")}
+        for directory in self.path.glob(".run-*.parts"):
+            if directory.name.removeprefix(".run-").removesuffix(".parts") not in named:
+                shutil.rmtree(directory)
 
     def prune(self, keep: int, keep_every: int | None) -> None:
         """Remove all but the newest ``keep``, and of the others every ``keep_every``-th."""
         for file in self.files()[keep:]:
             if keep_every is None or file.number % keep_every:
                 file.path.unlink(missing_ok=True)
+                if (parts := parts_of(self.path, file.number)).exists():
+                    sync_directory(self.path)  # no checkpoint may be without its parts
+                    shutil.rmtree(parts)
+
+
+def parts_of(path: Path, number: int) -> Path:
+    """Return the directory for the parts of a checkpoint."""
+    return path / f".run-{number:06d}.parts"
+
+
+def write_part(directory: Path, rank: int, parts: Parts) -> str:
+    """Write a rank's part, durably, and return its SHA-256.
+
+    Raises:
+        OSError: if that fails.
+    """
+    digests: list[str] = []
+
+    def final(digest: str) -> Path:
+        digests.append(digest)
+        return directory / f"part-{rank}.pt"
+
+    write_durably(directory / f"part-{rank}", lambda file: torch.save(parts, file), final=final)
+    return digests[0]
 
 
 def load_verified(path: Path) -> dict[str, Any]:
@@ -138,7 +185,32 @@ def _load(path: Path, digest: str) -> tuple[dict[str, Any], str | None]:
         file.seek(0)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Validating sparse tensor")  # sparse gradients: it is what we want
-            return torch.load(file, weights_only=True, map_location="cpu"), None
+            state = torch.load(file, weights_only=True, map_location="cpu")
+        if isinstance(state, dict) and PART_DIGESTS in state:
+            return _load_parts(path, state)
+        return state, None
+
+
+def _load_parts(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return a state with what is in the files of its parts; or, in words, the damage of one of them."""
+    match = CheckpointDirectory._NAME.fullmatch(path.name)
+    directory = parts_of(path.parent, int(match[1]) if match else 0)
+    files = {directory / f"part-{rank}.pt": digest for rank, digest in enumerate(state.pop(PART_DIGESTS))}
+    for file, digest in files.items():
+        if damage := _damage(file, digest):
+            return {}, f"{path} is damaged: its {file.name} {damage}."
+    parts = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
+    whole: dict[str, Any] = put_together(state, parts)
+    return whole, None
+
+
+def _damage(file: Path, digest: str) -> str:
+    """Return, in words, what is wrong with the file of a part; nothing if it is whole."""
+    if not file.exists():
+        return "is missing"
+    with open(file, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    return "" if found == digest else f"has a SHA-256 that begins with {found[:32]}, and not with {digest[:32]}"
 
 
 @contextmanager

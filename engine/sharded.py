@@ -5,6 +5,7 @@ Without several ranks there are none, and everything is returned as it is.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -112,3 +113,66 @@ def _shell(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
     for name, child in module._modules.items():
         copy.add_module(name, None if child is None else _shell(child, copies))
     return copy
+
+
+IN_PARTS = "__in_parts__"  # the key of what stands for a tensor that was taken out of a state
+Parts = dict[int, dict[str, Any]]
+
+
+def take_apart(state: Any) -> tuple[Any, Parts]:
+    """Return a state without the tensors that ranks hold in parts, and this rank's part of each by its number.
+
+    Of a part that several ranks hold, the first of them keeps it.
+    """
+    parts: Parts = {}
+    number = itertools.count()
+
+    def take(tensor: Any) -> Any:
+        if not is_sharded(tensor):
+            return tensor
+        key = next(number)
+        place = _place(tensor)
+        if place is not None:
+            parts[key] = place | {"content": local_part(tensor).to("cpu", copy=True)}
+        return {IN_PARTS: key, "shape": list(tensor.shape), "dtype": tensor.dtype}
+
+    return tree_map(take, state), parts
+
+
+def _place(tensor: Any) -> dict[str, int] | None:
+    """Return along which dimension this rank's part lies, and where it begins; None if another rank keeps it."""
+    dim = begin = 0
+    for size, position, placement in zip(
+        tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements, strict=True
+    ):
+        if placement.is_shard():
+            dim = placement.dim
+            begin = min(tensor.shape[dim], -(-tensor.shape[dim] // size) * position)
+        elif position:
+            return None
+    return {"dim": dim, "begin": begin}
+
+
+def put_together(state: Any, parts: list[Parts]) -> Any:
+    """Return what was taken apart, with whole tensors, given the parts of all ranks.
+
+    Raises:
+        ValueError: if the parts do not make up a tensor.
+    """
+    if isinstance(state, dict):
+        if IN_PARTS in state:
+            return _joined(state, [one[state[IN_PARTS]] for one in parts if state[IN_PARTS] in one])
+        return type(state)({key: put_together(value, parts) for key, value in state.items()})
+    if isinstance(state, list | tuple):
+        return type(state)(put_together(value, parts) for value in state)
+    return state
+
+
+def _joined(kept: dict[str, Any], parts: list[dict[str, Any]]) -> Tensor:
+    whole = torch.empty(kept["shape"], dtype=kept["dtype"])
+    for part in parts:
+        content = part["content"]
+        whole.narrow(part["dim"], part["begin"], content.shape[part["dim"]]).copy_(content)
+    if sum(part["content"].numel() for part in parts) != whole.numel():
+        raise ValueError(f"the parts of a tensor of shape {kept['shape']} are not all there")
+    return whole

@@ -63,8 +63,12 @@ SHAPE = {
 _RANK = {"rng": dict, "train": {"earlier": dict, "meters": dict, "metrics": dict}}
 
 
-def run_state(engine: Engine) -> dict[str, Any]:
+def run_state(engine: Engine, *, gathers: bool = True) -> dict[str, Any]:
     """Return the engine's state at this moment; the present step must have settled.
+
+    Args:
+        engine: the engine.
+        gathers: whether rank 0 gets whole tensors of what ranks hold in parts; otherwise each rank gets its parts.
 
     Raises:
         CheckpointError: naming the key, if a part or handler keeps what is not safe to load.
@@ -77,21 +81,16 @@ def run_state(engine: Engine) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
         "run": engine.run.state_dict(engine.step),
-        "parts": _whole(
-            engine, {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()}
-        ),
-        "update": _whole(engine, engine.update.state_dict()),
+        "parts": {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()},
+        "update": engine.update.state_dict(),
         "ranks": engine.ranks.gather({"rng": rng_state(), "train": engine.stages["train"].state_dict()}),
         "history": engine.history.state_dict(),
         "callbacks": {name: callback.state_dict() for name, callback in named_callbacks(engine.callbacks).items()},
     }
+    if gathers and engine.ranks.several:
+        state = made_whole(state, is_kept=engine.ranks.is_main)
     check_plain(state, "state")
     return state
-
-
-def _whole(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with whole tensors on rank 0, which writes it."""
-    return made_whole(state, is_kept=engine.ranks.is_main) if engine.ranks.several else state
 
 
 def find_state(engine: Engine, resume: str | Path) -> Found | None:

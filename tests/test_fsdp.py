@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import refused
+from helpers import refused, struck
 from ranks import on_ranks
 from test_ranks import accuracy, assert_alike, data, everything_on, model, plain
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ from camshaft.callbacks import (
 from camshaft.callbacks.fsdp import matching_modules
 from camshaft.engine import (
     Callback,
+    CheckpointDirectory,
+    CheckpointError,
     ConfigurationError,
     Engine,
     StepEnd,
@@ -44,6 +48,7 @@ from camshaft.engine import (
     made_whole,
     parameters_of,
 )
+from camshaft.engine.checkpoint import load_verified
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(
@@ -362,6 +367,110 @@ def test_a_checkpoint_continues_on_any_number_of_ranks_of_either_kind(
     assert {11} <= set(steps) <= set(range(11, 13))
     results = on_ranks(world_after, resume, KINDS[after], tmp_path / "run")
     assert_alike(results[0], resume(Distributed, tmp_path / "alone"))
+
+
+def in_parts(directory: Path, *, epochs: int = 2, keep: int = 2, resume: str | None = None) -> None:
+    """Train with checkpoints in parts."""
+    trainer = make(sharded, lambda: [WeightAverage(decay=0.9), RunCheckpoint(directory, sharded=True, keep=keep)])
+    trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=epochs, resume=resume)
+
+
+def listing(directory: Path) -> list[str]:
+    """The names of all checkpoints without their digests, and of all parts."""
+    names = [path.name for path in directory.iterdir() if not path.name.endswith(".lock")]
+    return sorted(name[: name.rfind("-")] if name.startswith("run") else name for name in names)
+
+
+@pytest.mark.parametrize(("after", "world_after"), [("sharded", 2), ("replicated", 1), ("both", 4)])
+def test_a_checkpoint_in_parts_continues_on_any_number_of_ranks_of_either_kind(
+    after: str, world_after: int, tmp_path: Path
+) -> None:
+    def cut_in_parts() -> None:
+        def stop(event: StepEnd) -> None:
+            event.engine.run.interrupt(signal.SIGTERM)
+
+        checkpoint = RunCheckpoint(tmp_path / "run", sharded=True)
+        trainer = make(sharded, lambda: [Accumulate(3), WeightAverage(decay=0.9), checkpoint])
+        trainer.subscribe(StepEnd, stop, when=at(11))
+        trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=3)
+
+    on_ranks(4, cut_in_parts)
+    files = [path.name for path in (tmp_path / "run" / ".run-000002.parts").iterdir()]
+    assert sorted(files) == [f"part-{rank}.pt" for rank in range(4)]
+    results = on_ranks(world_after, resume, KINDS[after], tmp_path / "run")
+    assert_alike(results[0], resume(Distributed, tmp_path / "alone"))
+
+
+def test_parts_go_with_their_checkpoint_and_what_a_killed_run_left_goes_first(tmp_path: Path) -> None:
+    on_ranks(2, partial(in_parts, tmp_path, epochs=3))
+    kept = [".run-000002.parts", ".run-000003.parts", "run-000002-step-14", "run-000003-step-21"]
+    assert listing(tmp_path) == kept
+    (tmp_path / ".run-000009.parts").mkdir()
+    (tmp_path / ".run-000009.parts" / "part-0.pt").write_text("half of it")
+    on_ranks(2, partial(in_parts, tmp_path, epochs=4, keep=1, resume="auto"))
+    assert listing(tmp_path) == [".run-000004.parts", "run-000004-step-28"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.99])
+def test_a_flipped_byte_in_any_part_is_found_and_the_checkpoint_before_is_used(
+    rank: int, place: float, tmp_path: Path, checkpoints_in_parts: Path
+) -> None:
+    shutil.copytree(checkpoints_in_parts, tmp_path / "run")
+    part = tmp_path / "run" / ".run-000002.parts" / f"part-{rank}.pt"
+    content = bytearray(part.read_bytes())
+    content[int(place * len(content))] ^= 1
+    part.write_bytes(content)
+    state, source = CheckpointDirectory(tmp_path / "run").load_newest() or ({}, Path())
+    assert source.name.startswith("run-000001-step-7")
+    assert state["counters"]["step"] == 7
+    assert [path.name[:17] for path in (tmp_path / "run").glob("*.damaged")] == ["run-000002-step-1"]
+
+
+def test_a_checkpoint_of_which_a_part_is_missing_is_damaged(tmp_path: Path, checkpoints_in_parts: Path) -> None:
+    shutil.copytree(checkpoints_in_parts, tmp_path / "run")
+    for number in (1, 2):
+        (tmp_path / "run" / f".run-00000{number}.parts" / "part-1.pt").unlink()
+    with refused(CheckpointError, "is damaged: its part-1.pt is missing"):
+        load_verified(next((tmp_path / "run").glob("run-*.pt")))
+    with refused(CheckpointError, "Every checkpoint in"):
+        CheckpointDirectory(tmp_path / "run").load_newest()
+
+
+@pytest.fixture(scope="module")
+def checkpoints_in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two checkpoints that two ranks have written."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "run"
+    on_ranks(2, in_parts, directory)
+    return directory
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_part_that_one_rank_cannot_write_warns_and_the_next_save_tries_again(failing: int, tmp_path: Path) -> None:
+    def run() -> list[str]:
+        """Fail once where a part is synced."""
+        is_failing = torch.distributed.get_rank() == failing
+        failures = iter([OSError(errno.ENOSPC, "No space left on device")] if is_failing else [])
+
+        def strike(name: str) -> None:
+            if name == "replace" and (error := next(failures, None)):
+                raise error
+
+        with struck(strike):
+            in_parts(tmp_path)
+        return listing(tmp_path)
+
+    assert on_ranks(2, run)[0] == [".run-000001.parts", "run-000001-step-14"]
+
+
+def test_one_process_has_no_parts_to_write(tmp_path: Path) -> None:
+    in_parts(tmp_path)
+    assert listing(tmp_path) == ["run-000001-step-7", "run-000002-step-14"]
+
+
+def test_parts_cannot_be_written_in_the_background(tmp_path: Path) -> None:
+    with refused(ConfigurationError, "sharded=True and background=True"):
+        RunCheckpoint(tmp_path, sharded=True, background=True)
 
 
 # What cannot work -------------------------------------------------------------------------------------------
