@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from camshaft.engine import (
     FitEnd,
     FitStart,
     Phase,
+    Ranks,
     Settled,
     StepEnd,
     ensure_writable,
@@ -34,9 +36,13 @@ from camshaft.engine import (
     write_part,
 )
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 logger = logging.getLogger("camshaft")
 
 T = TypeVar("T")
+_FAILED = "failed: "  # begins what a rank says in the place of a digest
 
 
 class RunCheckpoint(Callback):
@@ -90,11 +96,6 @@ class RunCheckpoint(Callback):
             raise ConfigurationError(f"RunCheckpoint has every_seconds={every_seconds}. Pass a number above 0.")
         if on_error not in ("warn", "raise"):
             raise ConfigurationError(f'RunCheckpoint has on_error={on_error!r}. Write "warn" or "raise".')
-        if sharded and background:
-            raise ConfigurationError(
-                "RunCheckpoint has sharded=True and background=True, and a write in the background cannot wait for "
-                "other ranks. Give one of them up."
-            )
         self.sharded = sharded
         self.checkpoints: CheckpointDirectory = CheckpointDirectory(Path(directory))
         self.every_steps = every_steps
@@ -103,7 +104,9 @@ class RunCheckpoint(Callback):
         self.keep = whole_number("RunCheckpoint's keep", keep, least=1)
         self.keep_every = keep_every
         self.on_error = on_error
-        self._writer = _Writer(self._write) if background else None
+        self._writer = _Writer() if background else None
+        self._told: Store | None = None  # where the ranks' threads tell that of rank 0 what they have written
+        self._num_told = 0
         self._error: OSError | None = None  # of the newest save
         self._saved_at: tuple[int, int, Phase, int] | None = None
         self._owns = False  # whether this object has written in the directory
@@ -142,6 +145,7 @@ class RunCheckpoint(Callback):
         Raises:
             OSError: if it failed.
         """
+        self._wait_for_own_part(event.engine.ranks)
         error, self._error = event.engine.ranks.on_main(lambda: self._wait("The run is over") or self._error), None
         if error is not None:
             raise error
@@ -191,23 +195,50 @@ class RunCheckpoint(Callback):
 
     def _save_in_parts(self, engine: Engine) -> OSError | None:
         """Let every rank write its part; when all of them are on the disk, rank 0 writes the checkpoint itself."""
-        ranks = engine.ranks
+        ranks, then = engine.ranks, _next(engine)
         state, parts = take_apart(run_state(engine, gathers=False))
+        self._wait_for_own_part(ranks)
+        ranks.on_main(lambda: self._wait(then))
         directory = ranks.on_main(lambda: _or_error(self.checkpoints.begin_parts))
+        if not isinstance(directory, OSError) and self._writer is not None:
+            self._start_part(self._writer, engine, directory, (state if ranks.is_main else None, parts))
+            return None
+        written: list[str | OSError] = [directory] if isinstance(directory, OSError) else []
         if not isinstance(directory, OSError):
             written = ranks.gather(_or_error(lambda: write_part(directory, ranks.rank, parts)))
-        else:
-            written = [directory]
         errors = [one for one in written if isinstance(one, OSError)]
         state[PART_DIGESTS] = written
-        return ranks.on_main(lambda: self._failed(errors[0], _next(engine)) if errors else self._save(state, engine))
+        return ranks.on_main(lambda: self._failed(errors[0], then) if errors else self._save(state, engine))
+
+    def _start_part(self, writer: _Writer, engine: Engine, directory: Path, state_and_parts: Any) -> None:
+        """Let a thread of each rank write its part; that of rank 0 waits for the others, and writes the checkpoint."""
+        ranks, step = engine.ranks, engine.step
+        told = self._told = self._told or ranks.store()
+        self._num_told += 1
+        keys = [f"{self._num_told}/{rank}" for rank in range(ranks.world)]
+
+        def write(state_and_parts: Any) -> None:
+            state, parts = state_and_parts
+            with _telling(told, keys[ranks.rank]) as digest:
+                digest.append(write_part(directory, ranks.rank, parts))
+            if state is not None:
+                self._write(state | {PART_DIGESTS: _digests(told, keys, ranks)}, step)
+
+        writer.start(state_and_parts, write)
+
+    def _wait_for_own_part(self, ranks: Ranks) -> None:
+        """Wait for the thread of a rank that is not rank 0, which has been told if the disk failed."""
+        error = None if self._writer is None or ranks.is_main else self._writer.wait()
+        if error is not None and not isinstance(error, OSError):
+            raise error
 
     def _save(self, state: dict[str, Any], engine: Engine) -> OSError | None:
         """Write the state, or begin to; return the error if that fails."""
         then = _next(engine)
         self._wait(then)
         if self._writer is not None:
-            self._writer.start(state, engine.step)
+            step = engine.step
+            self._writer.start(state, lambda state: self._write(state, step))
             return None
         try:
             self._write(state, engine.step)
@@ -267,17 +298,47 @@ def _or_error(write: Callable[[], T]) -> T | OSError:
         return error
 
 
+@contextmanager
+def _telling(told: Store, key: str) -> Iterator[list[str]]:
+    """Tell the thread of rank 0 the digest that the body appends to a list, or that it failed."""
+    digests: list[str] = []
+    try:
+        yield digests
+    except BaseException as error:
+        told.set(key, f"{_FAILED}{getattr(error, 'strerror', None) or error}")
+        raise
+    told.set(key, digests[0])
+
+
+def _digests(told: Store, keys: list[str], ranks: Ranks) -> list[str]:
+    """Return the digests of all ranks' parts when they are written.
+
+    Raises:
+        OSError: if one of them failed.
+    """
+    while not told.check(keys):  # not wait(), which would keep the store from the training thread
+        if ranks.is_broken:
+            raise OSError("a rank has failed")
+        time.sleep(0.02)
+    said = [told.get(key).decode() for key in keys]
+    for key in keys:
+        told.delete_key(key)
+    for rank, one in enumerate(said):
+        if one.startswith(_FAILED):
+            raise OSError(f"rank {rank}: {one.removeprefix(_FAILED)}")
+    return said
+
+
 class _Writer:
     """Writes one state at a time on a thread; the state is copied first, into memory that is used again."""
 
-    def __init__(self, write: Callable[[dict[str, Any], int], None]) -> None:
-        self._write = write
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: list[Tensor] = []
 
-    def start(self, state: dict[str, Any], step: int) -> None:
-        thread = threading.Thread(target=self._run, args=(self._copy(state), step), name="camshaft-checkpoint")
+    def start(self, state: T, write: Callable[[T], None]) -> None:
+        thread = threading.Thread(target=self._run, args=(self._copy(state), write), name="camshaft-checkpoint")
         thread.start()
         self._thread = thread
 
@@ -289,13 +350,13 @@ class _Writer:
         error, self._error = self._error, None
         return error
 
-    def _run(self, state: dict[str, Any], step: int) -> None:
+    def _run(self, state: T, write: Callable[[T], None]) -> None:
         try:
-            self._write(state, step)
+            write(state)
         except BaseException as error:  # whatever it is, the training thread must see it
             self._error = error
 
-    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _copy(self, state: T) -> T:
         places, self._buffers = iter(self._buffers), []
 
         def into_buffer(tensor: Tensor) -> Tensor:
@@ -307,5 +368,5 @@ class _Writer:
             self._buffers.append(place)
             return place.copy_(tensor.detach())
 
-        copied: dict[str, Any] = tree_map(into_buffer, state)
+        copied: T = tree_map(into_buffer, state)
         return copied

@@ -27,6 +27,11 @@ logger = logging.getLogger("camshaft")
 PART_DIGESTS = "part_digests"  # the key, in a checkpoint, of the digests of its parts in the order of the ranks
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU without what else is in its memory, which would be saved with it."""
+    return tensor.to("cpu", copy=tensor.untyped_storage().nbytes() != tensor.nbytes)
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
     """One run checkpoint: a higher number is newer, and the name holds the digest of the content."""
@@ -147,12 +152,13 @@ def write_part(directory: Path, rank: int, parts: Parts) -> str:
         OSError: if that fails.
     """
     digests: list[str] = []
+    own = {key: part | {"content": _alone(part["content"])} for key, part in parts.items()}
 
     def final(digest: str) -> Path:
         digests.append(digest)
         return directory / f"part-{rank}.pt"
 
-    write_durably(directory / f"part-{rank}", lambda file: torch.save(parts, file), final=final)
+    write_durably(directory / f"part-{rank}", lambda file: torch.save(own, file), final=final)
     return digests[0]
 
 

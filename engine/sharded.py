@@ -133,7 +133,7 @@ def take_apart(state: Any) -> tuple[Any, Parts]:
         key = next(number)
         place = _place(tensor)
         if place is not None:
-            parts[key] = place | {"content": local_part(tensor).to("cpu", copy=True)}
+            parts[key] = place | {"content": local_part(tensor)}
         return {IN_PARTS: key, "shape": list(tensor.shape), "dtype": tensor.dtype}
 
     return tree_map(take, state), parts

@@ -369,9 +369,12 @@ def test_a_checkpoint_continues_on_any_number_of_ranks_of_either_kind(
     assert_alike(results[0], resume(Distributed, tmp_path / "alone"))
 
 
-def in_parts(directory: Path, *, epochs: int = 2, keep: int = 2, resume: str | None = None) -> None:
+def in_parts(
+    directory: Path, *, epochs: int = 2, resume: str | None = None, keep: int = 2, background: bool = False
+) -> None:
     """Train with checkpoints in parts."""
-    trainer = make(sharded, lambda: [WeightAverage(decay=0.9), RunCheckpoint(directory, sharded=True, keep=keep)])
+    checkpoint = RunCheckpoint(directory, sharded=True, keep=keep, background=background)
+    trainer = make(sharded, lambda: [WeightAverage(decay=0.9), checkpoint])
     trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=epochs, resume=resume)
 
 
@@ -381,15 +384,16 @@ def listing(directory: Path) -> list[str]:
     return sorted(name[: name.rfind("-")] if name.startswith("run") else name for name in names)
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("after", "world_after"), [("sharded", 2), ("replicated", 1), ("both", 4)])
 def test_a_checkpoint_in_parts_continues_on_any_number_of_ranks_of_either_kind(
-    after: str, world_after: int, tmp_path: Path
+    after: str, world_after: int, background: bool, tmp_path: Path
 ) -> None:
     def cut_in_parts() -> None:
         def stop(event: StepEnd) -> None:
             event.engine.run.interrupt(signal.SIGTERM)
 
-        checkpoint = RunCheckpoint(tmp_path / "run", sharded=True)
+        checkpoint = RunCheckpoint(tmp_path / "run", sharded=True, background=background)
         trainer = make(sharded, lambda: [Accumulate(3), WeightAverage(decay=0.9), checkpoint])
         trainer.subscribe(StepEnd, stop, when=at(11))
         trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=3)
@@ -445,8 +449,11 @@ def checkpoints_in_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_part_that_one_rank_cannot_write_warns_and_the_next_save_tries_again(failing: int, tmp_path: Path) -> None:
+def test_a_part_that_one_rank_cannot_write_warns_and_the_next_save_tries_again(
+    failing: int, background: bool, tmp_path: Path
+) -> None:
     def run() -> list[str]:
         """Fail once where a part is synced."""
         is_failing = torch.distributed.get_rank() == failing
@@ -457,7 +464,7 @@ def test_a_part_that_one_rank_cannot_write_warns_and_the_next_save_tries_again(f
                 raise error
 
         with struck(strike):
-            in_parts(tmp_path)
+            in_parts(tmp_path, background=background)
         return listing(tmp_path)
 
     assert on_ranks(2, run)[0] == [".run-000001.parts", "run-000001-step-14"]
@@ -466,11 +473,6 @@ def test_a_part_that_one_rank_cannot_write_warns_and_the_next_save_tries_again(f
 def test_one_process_has_no_parts_to_write(tmp_path: Path) -> None:
     in_parts(tmp_path)
     assert listing(tmp_path) == ["run-000001-step-7", "run-000002-step-14"]
-
-
-def test_parts_cannot_be_written_in_the_background(tmp_path: Path) -> None:
-    with refused(ConfigurationError, "sharded=True and background=True"):
-        RunCheckpoint(tmp_path, sharded=True, background=True)
 
 
 # What cannot work -------------------------------------------------------------------------------------------
