@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from camshaft.engine import (
     EpochStart,
     LossReady,
     Selection,
+    has_shards,
     is_number,
-    is_sharded,
     parameters_of,
     select_parameters,
     unwrap,
@@ -48,6 +49,7 @@ class Penalty(Callback):
         self.l2 = l2
         self._which = parameters
         self._weights: list[nn.Parameter] = []
+        self._sum: Callable[[Tensor], Tensor] = Tensor.sum
 
     def attach(self, engine: Engine) -> None:
         """Choose the parameters."""
@@ -55,24 +57,25 @@ class Penalty(Callback):
         model = _model(engine, "Penalty")
         chosen = weights_of(model) if self._which is None else select_parameters(model, self._which)
         self._weights = list(chosen.values())
+        self._sum = _sum_of_parts if has_shards(self._weights) else Tensor.sum
 
     def on_loss_ready(self, event: LossReady) -> Tensor:
         """Return the loss with the penalty."""
         loss = event.loss
         for weight in self._weights:
             if self.l1:
-                loss = loss + self.l1 * _total(weight.abs())
+                loss = loss + self.l1 * self._sum(weight.abs())
             if self.l2:
-                loss = loss + self.l2 * 0.5 * _total(weight.square())
+                loss = loss + self.l2 * 0.5 * self._sum(weight.square())
         return loss
 
     def __repr__(self) -> str:
         return f"Penalty(l1={self.l1}, l2={self.l2})"
 
 
-def _total(values: Any) -> Any:
-    """Return the sum; of values that ranks hold in parts, that of all ranks."""
-    return values.sum().full_tensor() if is_sharded(values) else values.sum()
+def _sum_of_parts(values: Any) -> Any:
+    """Return the sum of values that ranks hold in parts."""
+    return values.sum().full_tensor()
 
 
 class FreezeUntil(Callback):

@@ -111,7 +111,8 @@ class WeightAverage(Callback):
         if "weight_average" not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()
             model = unwrap(parts["model"])
-            model = shell_of(model) if has_shards(model.parameters()) else model
+            if has_shards(model.parameters()):
+                model, rule = shell_of(model), _on_parts(rule)
             average = AveragedModel(model, multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
             parts["weight_average"] = average.requires_grad_(False)
 
@@ -188,6 +189,15 @@ def _replaced(tensor: Tensor, new: Tensor) -> Tensor:
     return earlier
 
 
+def _on_parts(rule: Rule) -> Rule:
+    """Return a rule for this rank's parts: it goes element by element, and buffers beside them are whole."""
+
+    def average(averaged: Sequence[Tensor], newest: Sequence[Tensor], num_averaged: Any) -> None:
+        rule(list(map(local_part, averaged)), list(map(local_part, newest)), num_averaged)
+
+    return average
+
+
 def _on_floats(rule: Rule) -> Rule:
     """Return torch's rule for floating tensors; counters, such as a batch norm's, take the newest value."""
 
@@ -195,7 +205,7 @@ def _on_floats(rule: Rule) -> Rule:
         pairs = list(zip(averaged, newest, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         if floats:
-            rule([local_part(a) for a, _ in floats], [local_part(b) for _, b in floats], num_averaged)
+            rule([a for a, _ in floats], [b for _, b in floats], num_averaged)
         for counter, value in pairs:
             if not counter.is_floating_point():
                 counter.copy_(value)
