@@ -17,6 +17,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     TensorDataset,
+    default_collate,
     get_worker_info,
 )
 
@@ -47,11 +48,12 @@ class SeededLoader:
         self._is_checked = not is_resumed
         self.shares: deque[Share] = deque()
         self._batches = _PositionedBatches(loader, seed, ranks or Ranks(), self.shares)
-        self._dataset = _SeededDataset(loader.dataset, seed)
+        self._dataset = _SeededDataset(loader, seed)
         self._loader = loader_like(
             loader,
             dataset=self._dataset,
             batch_sampler=self._batches,
+            collate_fn=_as_it_is,
             generator=torch.Generator().manual_seed(mix(seed, 0, 0) % 2**63),  # iterating leaves the global one alone
             persistent_workers=loader.persistent_workers,
         )
@@ -70,7 +72,8 @@ class SeededLoader:
         tagged = next(iter(self._batches), None)
         if tagged is None:
             return
-        once, again = (self._dataset.__getitems__(tagged[:2]) for _ in range(2))
+        with preserve_rng():
+            once, again = (self._dataset.read(tagged[:2]) for _ in range(2))
         if not _alike(once, again):
             logger.warning(
                 "The same sample, read twice under one seed, differs: the dataset draws from a generator of its own. "
@@ -150,23 +153,34 @@ class _PositionedBatches:
             position += len(indices)
 
 
-class _SeededDataset(Dataset[Any]):
-    """Seeds the generators for each sample by its position, and reads it."""
+def _as_it_is(batch: Any) -> Any:
+    """Return what was collated already."""
+    return batch
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset = dataset
+
+class _SeededDataset(Dataset[Any]):
+    """Seeds the generators for each sample by its position, reads it, and collates each batch.
+
+    What the collate function draws comes after the last sample's random numbers.
+    """
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self._dataset = loader.dataset
+        self._collate = loader.collate_fn
+        self._draws_nothing = type(_whole(loader.dataset)) is TensorDataset and loader.collate_fn is default_collate
         self._seed = seed
 
-    def __getitems__(self, tagged: list[Any]) -> list[Any]:
-        if get_worker_info() is not None:  # the function that joins samples may draw what the last one has left
-            return self._read(tagged)
-        if type(_whole(self._dataset)) is TensorDataset:  # it draws nothing, and seeding takes longer than reading
+    def __getitems__(self, tagged: list[Any]) -> Any:
+        if self._draws_nothing:  # then seeding would take longer than reading
             (epoch, position), *indices = tagged
-            return [self._read_one(index, epoch, position + offset) for offset, index in enumerate(indices)]
-        with preserve_rng():
-            return self._read(tagged)
+            return self._collate([self._read_one(index, epoch, position + at) for at, index in enumerate(indices)])
+        if get_worker_info() is None:
+            with preserve_rng():
+                return self._collate(self.read(tagged))
+        return self._collate(self.read(tagged))
 
-    def _read(self, tagged: list[Any]) -> list[Any]:
+    def read(self, tagged: list[Any]) -> list[Any]:
+        """Return the samples of a batch, which begins with its tag."""
         (epoch, position), *indices = tagged
         if hasattr(_whole(self._dataset), "__getitems__"):  # it reads a batch at a time: one seed for each batch
             self._seed_all(mix(self._seed, epoch, position + 2))

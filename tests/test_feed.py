@@ -191,6 +191,20 @@ def test_a_sampler_of_someone_elses_is_seeded_too() -> None:
     assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through[1:]]
 
 
+def noisy_collate(items: list[Tensor]) -> Tensor:
+    """Collate as mixing of samples does: with random numbers, and in another order."""
+    return torch.stack(random.sample(items, len(items))) + torch.rand(()) + float(np.random.rand())
+
+
+def test_a_seeded_collate_function_draws_the_same_with_any_number_of_workers() -> None:
+    through = read(DataLoader(Doubled(9), 3, collate_fn=noisy_collate))
+    assert len({float(batch[0, 0]) % 1 for batch in through}) == 3
+    for workers, skip in ((0, 1), (2, 0), (2, 2)):
+        torch.rand(1 + workers)  # what a run draws besides does not matter
+        again = read(DataLoader(Doubled(9), 3, collate_fn=noisy_collate, num_workers=workers), skip=skip)
+        assert [batch.tolist() for batch in again] == [batch.tolist() for batch in through[skip:]]
+
+
 def test_a_dataset_with_a_generator_of_its_own_is_told_the_seed() -> None:
     class Own(Doubled):
         def set_sample_seed(self, seed: int) -> None:
