@@ -348,6 +348,7 @@ class Run:
             "first_epoch": self.first_epoch,
             "first_step": self.first_step,
             "step_before_epoch": self.step_before_epoch,
+            "epoch_length": self.epoch_length,
             "phase": int(self.phase),
             "stop_reason": self.stop_reason,
             "num_passes": self._num_passes,
@@ -362,6 +363,7 @@ class Run:
         self.first_epoch, self.first_step = state["first_epoch"], state["first_step"]
         self.last_epoch, self.last_step = self._goal()
         self.step_before_epoch = state["step_before_epoch"]
+        self.epoch_length = self.epoch_length or state["epoch_length"]
         self.phase = Phase(state["phase"])
         self.training_stage = CurrentStage("train", record)
         self.ended_step = step

@@ -38,6 +38,7 @@ _RUN = {
     "first_epoch": int,
     "first_step": int,
     "step_before_epoch": int,
+    "epoch_length": (int, NoneType),
     "phase": int,
     "stop_reason": (str, NoneType),
     "num_passes": int,
