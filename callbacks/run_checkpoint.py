@@ -177,7 +177,7 @@ class RunCheckpoint(Callback):
         if event.engine.training:
             self._first_batch.cancel()
             exactness = event.engine.run.feed.exactness()
-            logger.info("Resumed in the middle of an epoch, this run would be: %s.", exactness)
+            logger.info("Resumed, this run would be: %s.", exactness)
 
     def _is_due(self, engine: Engine) -> bool:
         if engine.run.is_over or engine.run.save_is_due:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, TypeGuard
 
-from torch.utils.data import DataLoader, IterableDataset
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from .errors import ConfigurationError, DataError
 from .workers import patient_workers
@@ -96,6 +97,22 @@ def foreign_sampler(loader: DataLoader[Any]) -> str | None:
     """Return the name of the class of a sampler that is not torch's; None if all of them are."""
     names = (type(one).__name__ for one in samplers(loader) if not type(one).__module__.startswith("torch."))
     return next(names, None)
+
+
+def foreign_reading(loader: DataLoader[Any]) -> str | None:
+    """Return the name of what might draw random numbers when a batch is read: a dataset or a collate function.
+
+    None if both are torch's, which draw none.
+    """
+    dataset: object = loader.dataset
+    collate = loader.collate_fn
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    if not isinstance(dataset, torch.Tensor) and type(dataset) not in (TensorDataset, list, tuple, range):
+        return type(dataset).__name__
+    if getattr(collate, "__module__", "").startswith("torch."):
+        return None
+    return str(getattr(collate, "__name__", type(collate).__name__))
 
 
 def samplers(data: object) -> list[Any]:

@@ -34,6 +34,11 @@ class Division:
         self._ranks = ranks
         self._kept: dict[int, tuple[Data, Divided]] = {}  # loaders with workers that persist
 
+    @property
+    def divides(self) -> bool:
+        """Whether a rank has its part of the data, and not data of its own."""
+        return self._ranks.divides
+
     def of(self, name: str, data: Data) -> Divided:
         """Return this rank's part of ``data``.
 

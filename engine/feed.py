@@ -13,6 +13,7 @@ from .data import (
     Data,
     check_data,
     empty_message,
+    foreign_reading,
     foreign_sampler,
     has_positions,
     is_stateful,
@@ -147,19 +148,22 @@ class Feed:
             raise DataError(_too_short(num_steps, self._epoch_length, f"epoch {epoch}"))
 
     def exactness(self) -> str:
-        """Return how exactly a run over the present data can be resumed within an epoch, in words."""
-        data = self.data
-        if self._seeded is None and is_stateful(data):
+        """Return how exactly a run over the present data can be resumed, in words."""
+        data, is_seeded = self.data, self._seeded is not None
+        if self._division is not None and not self._division.divides:
+            return "not known (each rank reads data of its own)"
+        if is_stateful(data):
             return "as exact as the loader's own state_dict"
-        if isinstance(data, Sequence):
+        if isinstance(data, DataLoader) and data.num_workers and not is_seeded and _is_unknown(data):
+            return "not known (persistent workers, or a generator of the loader's own; pass seed= to make it exact)"
+        if _is_plain(data):
             return "bit-identical"
         if not has_positions(data):
             return "replayed: the consumed batches are read again, and must come out alike"
-        if self._seeded is None and data.num_workers:
-            return _exactness_with_workers(data)
-        if name := foreign_sampler(data):
-            return f"bit-identical, unless {name} draws random numbers from a generator that is not torch's"
-        return "bit-identical"
+        order, reading = _order_condition(data, is_seeded), _reading_condition(data, is_seeded)
+        if data.num_workers and reading and not is_seeded:
+            return f"same order{_if(order)} (random augmentation in workers differs; pass seed= to make it exact)"
+        return "bit-identical" + _if(order, reading)
 
     def state_dict(self, step: int) -> dict[str, Any] | None:
         """Return the position in the data after ``step``; None if there are no data yet."""
@@ -225,10 +229,28 @@ def _is_told(sampler: object) -> bool:
     return callable(getattr(sampler, "set_epoch", None)) and type(getattr(sampler, "epoch", None)) is int
 
 
-def _exactness_with_workers(loader: DataLoader[Any]) -> str:
-    if loader.persistent_workers or generator_states(loader):
-        return "not known (persistent workers, or a generator of the loader's own; pass seed= to make it exact)"
-    return "same order (random augmentation in workers differs; pass seed= to make it exact)"
+def _is_unknown(loader: DataLoader[Any]) -> bool:
+    """Return whether a loader with workers has drawn random numbers that a checkpoint does not know of."""
+    return loader.persistent_workers or (has_positions(loader) and bool(generator_states(loader)))
+
+
+def _order_condition(loader: DataLoader[Any], is_seeded: bool) -> str | None:
+    """Return what must be true of a loader's sampler, so that a resumed run has its order."""
+    name = foreign_sampler(loader)
+    when = "" if is_seeded else ", and all of it when a pass begins"
+    return name and f"{name} draws its order only from the global generators{when}"
+
+
+def _reading_condition(loader: DataLoader[Any], is_seeded: bool) -> str | None:
+    """Return what must be true of a loader's dataset, so that a resumed run reads the same samples."""
+    if is_seeded and callable(getattr(loader.dataset, "set_sample_seed", None)):
+        return None
+    name = foreign_reading(loader)
+    return name and f"{name} draws random numbers only from the global generators"
+
+
+def _if(*conditions: str | None) -> str:
+    return "".join(f"{link} {one}" for link, one in zip((", if", ", and if"), filter(None, conditions), strict=False))
 
 
 @dataclass(frozen=True, slots=True)

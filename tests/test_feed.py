@@ -19,13 +19,16 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     Sampler,
+    Subset,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, repeat
 from camshaft.engine.data import check_data, num_batches
+from camshaft.engine.divided import Division
 from camshaft.engine.feed import Feed
+from camshaft.engine.ranks import Ranks
 from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
 
 GOLDEN_MIX = [17650578182555822980, 8764810008325594656, 13683858685767402644]
@@ -247,18 +250,20 @@ def test_batches_in_a_list_are_skipped_by_slicing() -> None:
     assert again == through == [5, 6]
 
 
+class Made(Sequence[Any]):
+    """Six batches, each with a random number that is drawn when it is read."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= 6:
+            raise IndexError(index)
+        return index, float(torch.rand(()))
+
+
 def test_batches_that_are_made_when_they_are_read_are_replayed() -> None:
     """So that the random numbers of the reading are drawn before the generators are set to where they were."""
-
-    class Made(Sequence[Any]):
-        def __len__(self) -> int:
-            return 6
-
-        def __getitem__(self, index: Any) -> Any:
-            if index >= 6:
-                raise IndexError(index)
-            return index, float(torch.rand(()))
-
     through, again = resumed(Made())
     assert again == through
 
@@ -371,24 +376,59 @@ class Pairs(Sampler[list[int]]):
         yield from ([index, index + 1] for index in range(0, self.num, 2))
 
 
+class Told(Doubled):
+    def set_sample_seed(self, seed: int) -> None:
+        """Take the seed for the next sample."""
+
+
+Plain = TensorDataset
+ORDER = "draws its order only from the global generators"
+BEGUN = ", and all of it when a pass begins"
+
+
 @pytest.mark.parametrize(
     ("data", "seeded", "words"),
     [
-        (DataLoader(Doubled(4)), False, "bit-identical"),
-        (DataLoader(Doubled(4), num_workers=2), False, "same order"),
+        (DataLoader(Subset(Plain(torch.ones(4)), [1])), False, "bit-identical"),
+        (DataLoader(Plain(torch.ones(4)), num_workers=2), False, "bit-identical"),
+        (DataLoader([1.0, 2.0], 2, collate_fn=noisy_collate), False, "bit-identical, if noisy_collate draws random"),  # type: ignore[arg-type]
+        (DataLoader(Doubled(4)), False, "bit-identical, if Doubled draws random numbers only from the global"),
+        (DataLoader(Doubled(4), num_workers=2), False, "same order (random augmentation in workers differs"),
         (DataLoader(Doubled(4), num_workers=2, persistent_workers=True), False, "not known"),
         (DataLoader(Doubled(4), num_workers=2, generator=torch.Generator()), False, "not known"),
-        (DataLoader(Doubled(4), sampler=Backwards(4)), False, "bit-identical, unless Backwards draws"),
-        (DataLoader(Doubled(4), batch_sampler=Pairs(4)), True, "bit-identical, unless Pairs draws"),
-        (DataLoader(Doubled(4), num_workers=2), True, "bit-identical"),
+        (DataLoader(Stream(), num_workers=1, persistent_workers=True), False, "not known"),
+        (DataLoader(Plain(torch.ones(4)), sampler=Backwards(4)), False, f"bit-identical, if Backwards {ORDER}{BEGUN}"),
+        (
+            DataLoader(Doubled(4), num_workers=2, sampler=Backwards(4)),
+            False,
+            f"same order, if Backwards {ORDER}{BEGUN} (",
+        ),
+        (
+            DataLoader(Doubled(4), batch_sampler=Pairs(4)),
+            True,
+            f"bit-identical, if Pairs {ORDER}, and if Doubled draws",
+        ),
+        (DataLoader(Doubled(4), num_workers=2), True, "bit-identical, if Doubled draws"),
+        (DataLoader(Told(4), num_workers=2), True, "bit-identical"),
         ([1, 2], False, "bit-identical"),
+        (repeat([1, 2]), False, "bit-identical"),
+        (Made(), False, "replayed"),
         (DataLoader(Stream()), False, "replayed"),
+        (lambda: DataLoader(Plain(torch.ones(4))), True, "replayed"),
     ],
 )
 def test_how_exactly_a_run_can_be_resumed_is_said_in_words(data: Any, seeded: bool, words: str) -> None:
     feed = Feed(0 if seeded else None)
     feed.open(data)
-    assert feed.exactness().startswith(words)
+    assert feed.exactness() == words or (words != "bit-identical" and feed.exactness().startswith(words))
+
+
+def test_of_data_that_each_rank_has_of_its_own_it_is_not_known() -> None:
+    ranks = Ranks()
+    ranks.divides = False
+    feed = Feed(0, division=Division(0, ranks))
+    feed.open(DataLoader(Plain(torch.ones(4))))
+    assert feed.exactness() == "not known (each rank reads data of its own)"
 
 
 def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
