@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import active_children
+from multiprocessing import active_children, get_start_method
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -26,11 +26,14 @@ _patient: dict[int, WeakSet[BaseProcess]] = {}  # by the process that started th
 def patient_workers(loader: DataLoader[Any]) -> Iterator[None]:
     """Let the workers that ``loader`` starts within the block ignore the first signal; they end with this process."""
     given, others = loader.worker_init_fn, set(active_children())
-    loader.worker_init_fn = partial(_be_patient, given)
+    before = _hold_signals_back() if _are_forked(loader) else None
+    loader.worker_init_fn = partial(_be_patient, given, before)
     try:
         yield
     finally:
         loader.worker_init_fn = given
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _end_with_this_process(set(active_children()) - others)
 
 
@@ -51,7 +54,17 @@ def kill_workers_now() -> None:
             child.kill()
 
 
-def _be_patient(init: Callable[[int], None] | None, worker: int) -> None:
+def _are_forked(loader: DataLoader[Any]) -> bool:
+    context = loader.multiprocessing_context
+    return (get_start_method() if context is None else context.get_start_method()) == "fork"
+
+
+def _hold_signals_back() -> set[int]:
+    """Let signals wait, also in forked workers until they can ignore them; return what was held back before."""
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED))
+
+
+def _be_patient(init: Callable[[int], None] | None, held_back: set[int] | None, worker: int) -> None:
     """Start a worker that ignores the first signal to its process group, so that the step can be finished.
 
     The second one has its usual effect, because otherwise nothing could end a worker that hangs.
@@ -67,6 +80,8 @@ def _be_patient(init: Callable[[int], None] | None, worker: int) -> None:
 
     for name in HANDLED:
         signal.signal(name, handle)
+    if held_back is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
     if init is not None:
         init(worker)
 

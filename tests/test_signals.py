@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from camshaft.callbacks import RunCheckpoint
-from camshaft.engine import Engine, StepEnd
+from camshaft.engine import Engine, StepEnd, one_pass
 from camshaft.engine.workers import HANDLED
 
 SCRIPT = """
@@ -162,6 +163,27 @@ def test_runs_killed_at_random_moments_and_resumed_end_bit_identical() -> None:
     done = subprocess.run([sys.executable, soak, "--kills", "10"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mismatches 0" in done.stdout
+
+
+_reaches_new_workers = False  # nothing that is registered for a fork can be removed again
+
+
+def test_a_signal_to_a_worker_that_is_only_starting_does_not_kill_it() -> None:
+    """As when the first signal goes to the process group while a pass begins."""
+
+    def strike() -> None:
+        if _reaches_new_workers:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    global _reaches_new_workers
+    os.register_at_fork(after_in_child=strike)
+    _reaches_new_workers = True
+    try:
+        batches = [batch.tolist() for batch in one_pass(DataLoader([1, 2, 3], num_workers=2))]  # type: ignore[arg-type]
+    finally:
+        _reaches_new_workers = False
+    assert batches == [[1], [2], [3]]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(HANDLED)
 
 
 def test_runs_that_overlap_leave_the_handlers_from_before() -> None:
