@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 # All of it is global, as in many a script, so the interpreter still holds the loaders when it exits.
 SCRIPT = """
-import ctypes, multiprocessing, os, signal, sys, threading, time
+import ctypes, multiprocessing, os, shutil, signal, sys, threading, time
 from torch.utils.data import DataLoader, Dataset
+from camshaft.callbacks import RunCheckpoint
 from camshaft.engine import Engine
 
 class Samples(Dataset):
@@ -38,9 +40,9 @@ def run():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
-    train = DataLoader(Samples(), batch_size=2, num_workers=2{options})
-    val = DataLoader(Samples(), batch_size=2, num_workers=1{options})
-    engine = Engine(step)
+    train = DataLoader(Samples(), batch_size=2, num_workers={workers}{options})
+    val = DataLoader(Samples(), batch_size=2, num_workers=min(1, {workers}){options})
+    engine = Engine(step, callbacks=[{callback}])
     {main}
 """
 PERSISTENT = ", persistent_workers=True"
@@ -49,7 +51,7 @@ SLEEPS = "time.sleep(60)"
 # In native code, where no signal handler of Python's runs; as with a lock that was taken when its process was forked.
 STUCK = "lock = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in range(2)]"
 ENDED_BY = {signal.SIGTERM: [-signal.SIGTERM], signal.SIGINT: [-signal.SIGINT, 130]}  # 130: Python's other way
-READY = "workers: 2\n"
+READY = "workers: {}\n"
 Send = Callable[[int, int], None]
 
 
@@ -58,7 +60,9 @@ def end_of(
     *,
     step: str = "pass",
     sample: str = "pass",
+    workers: int = 2,
     options: str = "",
+    callback: str = "",
     main: Sequence[str] = ("run()",),
     signals: Sequence[signal.Signals] = (),
     send: Send = os.killpg,
@@ -70,11 +74,13 @@ def end_of(
     holds it open any longer, so a worker that stays fails this too.
     """
     script, err = directory / "script.py", directory / "stderr"
-    script.write_text(SCRIPT.format(step=step, sample=sample, options=options, main="\n    ".join(main)))
+    parts = {"step": step, "sample": sample, "workers": workers, "options": options, "callback": callback}
+    script.write_text(SCRIPT.format(**parts, main="\n    ".join(main)))
     with err.open("w") as stderr:
         process = start(script, stderr.fileno())
+    ready = READY.format(workers)
     try:
-        wait_for(READY, process, err)
+        wait_for(ready, process, err)
         time.sleep(after)
         for number in signals:
             send(process.pid, number)
@@ -82,7 +88,7 @@ def end_of(
         process.communicate(timeout=10)
     finally:
         leave_nothing_of(process)
-    return process.returncode, err.read_text().replace(READY, "")
+    return process.returncode, err.read_text().replace(ready, "")
 
 
 def start(script: Path, stderr: int) -> subprocess.Popen[bytes]:
@@ -222,3 +228,51 @@ def test_a_run_in_a_process_of_multiprocessing_ends(tmp_path: Path) -> None:
         "sys.exit(child.exitcode)",
     ]
     assert end_of(tmp_path, main=main, options=PERSISTENT) == (0, "")
+
+
+class Way(NamedTuple):
+    """A way to end: the script's parts, its exit code, and what it says on stderr."""
+
+    code: int
+    says: str = ""
+    step: str = "pass"
+    main: Sequence[str] = ("run()",)
+    signals: Sequence[signal.Signals] = ()
+
+
+SPOIL = "time.sleep(0.2); shutil.rmtree('{directory}'); open('{directory}', 'w').close()"
+WAYS = {
+    "return": Way(0),
+    "exception": Way(1, "OSError: mine", step=RAISES),
+    "sys.exit": Way(7, step="sys.exit(7)"),
+    "signal": Way(143, "SIGTERM: finishing the step", step="time.sleep(1)", signals=[signal.SIGTERM]),
+    "second signal": Way(-signal.SIGTERM, "SIGTERM", step=SLEEPS, signals=[signal.SIGTERM] * 2),
+    "failed save": Way(1, "NotADirectoryError", step=SPOIL),
+    "refused resume": Way(  # when the workers of an earlier run are there
+        1,
+        "There is no checkpoint at missing",
+        main=["engine.fit(train, val, epochs=1)", "engine.fit(train, val, epochs=1, resume='missing')"],
+    ),
+}
+IN_THE_FAST_SUITE = [("failed save", -2, True), ("refused resume", -2, True)]
+EVERY_WAY = [(way, workers, background) for way in WAYS for workers in (0, 2, -2) for background in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("way", "workers", "background"),
+    [pytest.param(*case, marks=[] if case in IN_THE_FAST_SUITE else pytest.mark.slow) for case in EVERY_WAY],
+)
+def test_every_way_to_end_ends_the_script(tmp_path: Path, way: str, workers: int, background: bool) -> None:
+    """With checkpoints after each step, and with no workers, with some, or with persistent ones (-2)."""
+    directory = tmp_path / "checkpoints"
+    code, says, step, main, signals = WAYS[way]
+    ended, err = end_of(
+        tmp_path,
+        step=step.format(directory=directory),
+        workers=abs(workers),
+        options=PERSISTENT if workers < 0 else "",
+        callback=f"RunCheckpoint({str(directory)!r}, every_steps=1, background={background})",
+        main=main,
+        signals=signals,
+    )
+    assert (ended, says in err) == (code, True), err
