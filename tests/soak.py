@@ -1,11 +1,14 @@
-"""Kill runs at random moments by SIGKILL, resume them, and compare with the run that was left alone.
+"""Kill runs at random moments, resume them, and compare with the run that was left alone.
 
-    make soak                                # at least 100 kills over three configurations
+    make soak                                # at least 100 kills, over 24 configurations that are drawn at random
     python tests/soak.py --kills 10
 
-Each run is a forked child that trains two epochs with a checkpoint after every step or two; the parent kills it after
-a random time, again and again, until it gets through. What it leaves (weights, optimizer, averages, history) must be
-bit-identical to the uninterrupted run's. Prints kills, resumes and mismatches; exits 1 if there is a mismatch.
+Each run is a forked child that trains some sixty steps with checkpoints; the parent kills it after a random time by
+SIGKILL, SIGTERM or SIGINT, again and again, and then lets it get through. What it leaves (weights, optimizer,
+averages, history, random numbers) must be bit-identical to that of the uninterrupted run. A child that is not killed
+outright ends as a script does, with its exit code and all that the interpreter does when it exits; it must do so, and
+the workers of its loaders with it, within ten seconds. Prints how many kills, resumes, runs, configurations and
+mismatches there were; exits 1 if there is a mismatch.
 """
 
 from __future__ import annotations
@@ -13,174 +16,253 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import select
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from test_exactness import HANDLERS, KINDS, VALS, WORKERS, Attempt, Timeline, promise, result
+from test_signals_everywhere import equal
 
-from camshaft.callbacks import (
-    Accumulate,
-    EarlyStopping,
-    MixedPrecision,
-    RunCheckpoint,
-    Schedule,
-    WeightAverage,
-    warmup_cosine,
-)
-from camshaft.engine import Callback, Engine, Trainer
+from camshaft.engine.feed import Feed
 from camshaft.engine.files import save
-from camshaft.engine.rng import seed_everything
+
+NUM_CONFIGURATIONS = 24
+MOST_KILLS = 3  # of one run
+EXIT_LIMIT = 10.0  # seconds in which a process must have ended
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+STARTED, DONE, ENDED = b"s", b"d", b""
+KEPT: list[Attempt] = []  # as the globals of a script: the interpreter still holds the loaders when it exits
 
 
-class Samples(Dataset[Any]):
-    """120 samples, read with random augmentation or without."""
-
-    def __init__(self, *, augmented: bool) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.inputs = torch.randn(120, 16, generator=generator)
-        self.target = torch.randint(0, 3, (120,), generator=generator)
-        self.augmented = augmented
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        noise = torch.rand(16) + random.random() + float(np.random.rand()) if self.augmented else 0.0
-        return self.inputs[index] + 0.1 * noise, self.target[index]
+# What is run -------------------------------------------------------------------------------------------------
 
 
-def configuration(name: str, directory: Path | None) -> tuple[Engine, DataLoader[Any], DataLoader[Any]]:
-    """Return a fresh trainer with its data: "plain", "seeded" (2 workers, augmentation) or "full"."""
-    seed_everything(5)
-    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    callbacks: list[Callback] = [EarlyStopping("val_loss", patience=90)]
-    if name == "full":
-        callbacks += [
-            Accumulate(batches=3),
-            MixedPrecision("bf16"),
-            WeightAverage(decay=0.9),
-            Schedule(warmup_cosine(optimizer, warmup=3, total=20), per="update"),
-        ]
-    if directory is not None:
-        callbacks.append(RunCheckpoint(directory, every_steps=2 if name == "full" else 1, background=name == "plain"))
-    trainer = Trainer(
-        model,
-        optimizer,
-        nn.CrossEntropyLoss(),
-        metrics={"acc": lambda output, target: (output.argmax(1) == target).float().mean()},
-        callbacks=callbacks,
-        seed=9 if name == "seeded" else None,
+def configurations(draw: random.Random) -> list[Timeline]:
+    """Draw different ones, all of which are resumed exactly; each kind of data comes before any comes again."""
+    kinds: list[str] = []
+    found: list[Timeline] = []
+    while len(found) < NUM_CONFIGURATIONS:
+        kinds = kinds or draw.sample(sorted(KINDS), len(KINDS))
+        drawn = configuration(draw, kinds[-1])
+        if drawn not in found and is_exact(drawn):
+            found.append(drawn)
+            kinds.pop()
+        elif not KINDS[kinds[-1]].holds:
+            kinds.pop()
+    return found
+
+
+def configuration(draw: random.Random, kind: str) -> Timeline:
+    """Draw the settings of a run over such data."""
+    return Timeline(
+        kind,
+        seed=draw.choice([None, 0, 5]),
+        workers=draw.choice(sorted(WORKERS)),
+        script=draw.random() < 0.4,
+        handlers=frozenset(draw.sample(sorted(HANDLERS), draw.randint(0, 4))) - {draw.choice(["stop", ""])},
+        val=draw.choice(sorted(VALS)),
+        epochs=draw.randint(13, 18),
+        epoch_length=draw.randint(4, 7) if kind.startswith("repeated") else None,
+        max_steps=draw.choice([None, 50]) if not kind.startswith("repeated") else 60,
+        validate_every=draw.choice([None, "3 steps", "7 steps", 2]),
+        every_steps=draw.choice([None, 1, 1, 2, 3]),
+        background=draw.random() < 0.4,
     )
-    samples = Samples(augmented=name != "full")
-    train = DataLoader(samples, batch_size=4, shuffle=True, num_workers=2 if name == "seeded" else 0)
-    return trainer, train, DataLoader(Samples(augmented=False), batch_size=8)
 
 
-def train(name: str, directory: Path | None) -> dict[str, Any]:
-    """Run to the end, resuming if there is something to resume, and return all that must be equal."""
-    trainer, data, val = configuration(name, directory)
-    trainer.fit(data, val, epochs=2, validate_every="5 steps", resume="auto" if directory else None)
-    return {
-        "parts": {part: value.state_dict() for part, value in trainer.parts.items() if hasattr(value, "state_dict")},
-        "rows": trainer.history.rows,
-        "validations": trainer.history.validations,
-        "counters": [trainer.step, trainer.num_updates, trainer.num_validations],
-        "best": trainer.callbacks[0].state_dict(),
-    }
+def is_exact(timeline: Timeline) -> bool:
+    """Return whether a resumed run is to be bit-identical."""
+    feed = Feed(timeline.seed)
+    feed.open(KINDS[timeline.kind].make(WORKERS[timeline.workers]))
+    return promise(feed.exactness(), KINDS[timeline.kind].holds) == "all"
 
 
-def equal(ours: Any, theirs: Any) -> bool:
-    """Return whether two nests of plain values and tensors are the same to the bit."""
-    if isinstance(ours, Tensor):
-        return torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
-    return bool(ours == theirs)
+def train(timeline: Timeline, directory: Path, told: int) -> int:
+    """Run to the end, resuming if there is something to resume; return the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
+    attempt = Attempt(timeline, 0, directory / "checkpoints")
+    KEPT.append(attempt)
+    os.write(told, STARTED)
+    attempt.run(resumes=True)
+    if attempt.engine.history.exit_code == 0:
+        save(directory / "result.pt", result(attempt.engine))
+        os.write(told, DONE)
+    return attempt.engine.history.exit_code
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Fork, do the work in the child, silently, in a process group of its own; return its process id."""
-    child = os.fork()
-    if child == 0:
+# Children ----------------------------------------------------------------------------------------------------
+
+
+class InChild(BaseException):
+    """Raised in a forked child: it leaves all that the parent was doing, and ``work`` is its script."""
+
+    def __init__(self, work: Callable[[], int]) -> None:
+        super().__init__()
+        self.work = work
+
+
+@dataclass
+class Child:
+    """A process in a group of its own, and a pipe that it and its workers hold open as long as any of them lives."""
+
+    process: int
+    told: int
+
+    def hear(self, seconds: float) -> bytes | None:
+        """Return what the child tells next (ENDED when all have ended), or None if it is silent for so long."""
+        ready, _, _ = select.select([self.told], [], [], max(seconds, 0))
+        return os.read(self.told, 1) if ready else None
+
+    def end(self, what: str) -> tuple[int, float]:
+        """Wait for the end of the child and its workers; return its status, and how long that took."""
+        began = time.monotonic()
+        while (heard := self.hear(began + EXIT_LIMIT - time.monotonic())) != ENDED:
+            if heard is None:
+                os.killpg(self.process, signal.SIGKILL)
+                raise SystemExit(f"{what}: the process or its workers had not ended after {EXIT_LIMIT:.0f} s")
+        os.close(self.told)
+        _, status = os.waitpid(self.process, 0)
+        return status, time.monotonic() - began
+
+
+def start(work: Callable[[int], int], errors: Path) -> Child:
+    """Fork a child that does the work, which is given where to tell what it does; its stderr goes to a file."""
+    hears, tells = os.pipe()
+    process = os.fork()
+    if process == 0:
         os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 2)
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
+        os.close(hears)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        raise InChild(partial(work, tells))
+    os.close(tells)
+    return Child(process, hears)
 
 
-def run_once(name: str, scratch: Path, seconds: float, draw: random.Random) -> tuple[int, dict[str, Any]]:
-    """Kill a run at random moments until it gets through; return the number of kills and what it ends with."""
-    result = scratch / "result.pt"
-    kills = 0
-    while not result.exists():
-        child = in_child(lambda: save(result, train(name, scratch / "checkpoints")))
-        # The first three tries are cut; the last one may run for as long as it needs.
-        deadline = time.monotonic() + (draw.uniform(0.02, seconds) if kills < 3 else 600)
-        while (finished := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        if finished == (0, 0):
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-        elif finished[1] != 0:
-            raise SystemExit(f"a child of {name} failed with status {finished[1]} in {scratch}")
-    return kills, torch.load(result, weights_only=True)
+# Killing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Soak:
+    """The counts, and the directory for everything."""
+
+    scratch: Path
+    draw: random.Random
+    kills: int = 0
+    runs: int = 0
+    children: int = 0
+    exits: int = 0
+    mismatches: int = 0
+    slowest: float = 0.0
+    tried: set[Timeline] = field(default_factory=set)
+
+    def through(self, timeline: Timeline) -> tuple[dict[str, Any], float]:
+        """Return what the uninterrupted run ends with, and how long it takes."""
+        directory = self._directory("through")
+        child = self._start(timeline, directory)
+        began = time.monotonic()
+        child.hear(120)
+        seconds = time.monotonic() - began
+        self._ended(child, None, timeline, directory)
+        return load(directory), seconds
+
+    def run(self, timeline: Timeline, seconds: float) -> dict[str, Any]:
+        """Kill a run at random moments of its ``seconds``, then let it get through; return what it ends with."""
+        directory = self._directory(f"run-{self.runs}")
+        self.runs += 1
+        self.tried.add(timeline)
+        for _ in range(MOST_KILLS):
+            child = self._start(timeline, directory)
+            if child.hear(self.draw.uniform(0, seconds)) is None:
+                self._kill(child, timeline, directory)
+            else:
+                self._ended(child, None, timeline, directory)
+            if (directory / "result.pt").exists():
+                return load(directory)
+        child = self._start(timeline, directory)
+        child.hear(120)
+        self._ended(child, None, timeline, directory)
+        return load(directory)
+
+    def _directory(self, name: str) -> Path:
+        directory = self.scratch / name
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        return directory
+
+    def _start(self, timeline: Timeline, directory: Path) -> Child:
+        self.children += 1
+        child = start(partial(train, timeline, directory), directory / "stderr")
+        if child.hear(60) != STARTED:
+            raise SystemExit(f"{timeline} did not start: {(directory / 'stderr').read_text()}")
+        return child
+
+    def _kill(self, child: Child, timeline: Timeline, directory: Path) -> None:
+        """Send a signal, SIGKILL to the workers, too, and the others to them or not; the child must end by it."""
+        number = self.draw.choice(SIGNALS)
+        send = os.killpg if number == signal.SIGKILL else self.draw.choice([os.kill, os.killpg])
+        send(child.process, number)
+        self.kills += 1
+        self._ended(child, number, timeline, directory)
+
+    def _ended(self, child: Child, number: signal.Signals | None, timeline: Timeline, directory: Path) -> None:
+        status, seconds = child.end(str(timeline))
+        self.slowest = max(self.slowest, seconds)
+        self.exits += os.WIFEXITED(status)
+        code = os.waitstatus_to_exitcode(status)
+        # After the run, or while the process ends, a signal has its usual effect, or none any more.
+        expected = {0} if number is None else {0, -number, 128 + number}
+        if code not in expected:
+            errors = (directory / "stderr").read_text()
+            raise SystemExit(f"{timeline} ended with {code}, not with one of {expected}: {errors}")
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """Load what a run ended with."""
+    ended: dict[str, Any] = torch.load(directory / "result.pt", weights_only=True)
+    return ended
 
 
 def main(args: argparse.Namespace) -> int:
     """Soak until there were enough kills; return the number of mismatches."""
     torch.set_num_threads(1)  # a forked child must find no thread pool half there
     draw = random.Random(args.seed)
-    kills = resumes = mismatches = runs = 0
-    names = ("plain", "seeded", "full")
-    through: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            began = time.monotonic()
-            through[name] = run_once_through(name, Path(scratch) / f"{name}-through")
-            seconds[name] = time.monotonic() - began
-        while kills < args.kills:
-            name = names[runs % 3]
-            directory = Path(scratch) / f"{name}-{runs}"
-            directory.mkdir()
-            cut, ended = run_once(name, directory, seconds[name], draw)
-            kills, resumes, runs = kills + cut, resumes + cut, runs + 1
-            if not equal(ended, through[name]):
-                mismatches += 1
-                print(f"MISMATCH: {name}, run {runs}", flush=True)
-            if runs % 6 == 0:
-                print(f"{runs} runs, {kills} kills, {mismatches} mismatches", flush=True)
-    print(f"kills {kills}, resumes {resumes}, runs {runs}, mismatches {mismatches}")
-    return mismatches
+    soak = Soak(Path(tempfile.mkdtemp()), draw)
+    Attempt(Timeline("list"), 0, soak.scratch / "first").run(resumes=False)  # loads what each child would have to load
+    goals: dict[Timeline, tuple[dict[str, Any], float]] = {}
+    for timeline in endless(configurations(draw)):
+        if soak.kills >= args.kills:
+            break
+        if timeline not in goals:
+            goals[timeline] = soak.through(timeline)
+        goal, seconds = goals[timeline]
+        ended = soak.run(timeline, seconds)
+        if different := [name for name in goal if not equal(ended[name], goal[name])]:
+            soak.mismatches += 1
+            print(f"MISMATCH in {different}: {timeline}", flush=True)
+        if soak.runs % 6 == 0:
+            print(f"{soak.runs} runs, {soak.kills} kills, {soak.mismatches} mismatches", flush=True)
+    shutil.rmtree(soak.scratch)
+    print(f"{soak.exits} of {soak.children} children exited as a script does, the slowest in {soak.slowest:.1f} s")
+    print(
+        f"kills {soak.kills}, resumes {soak.kills}, runs {soak.runs}, configurations {len(soak.tried)}, "
+        f"mismatches {soak.mismatches}"
+    )
+    return soak.mismatches
 
 
-def run_once_through(name: str, scratch: Path) -> dict[str, Any]:
-    """Return what the uninterrupted run ends with, in a child like the others."""
-    scratch.mkdir()
-    child = in_child(lambda: save(scratch / "result.pt", train(name, None)))
-    _, status = os.waitpid(child, 0)
-    if status:
-        raise SystemExit(f"the uninterrupted run of {name} failed")
-    result: dict[str, Any] = torch.load(scratch / "result.pt", weights_only=True)
-    return result
+def endless(timelines: list[Timeline]) -> Iterator[Timeline]:
+    """Yield them again and again."""
+    while True:
+        yield from timelines
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -191,5 +273,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def script() -> int:
+    """Soak; or in a child, do its work, when all that it has of its parent was left."""
+    try:
+        return main(get_args_parser().parse_args()) > 0
+    except InChild as child:
+        work = child.work
+    return work()
+
+
 if __name__ == "__main__":
-    sys.exit(main(get_args_parser().parse_args()) > 0)
+    sys.exit(script())

@@ -158,7 +158,7 @@ def test_a_real_signal_in_process_ends_the_run_after_the_step_and_a_second_run_i
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_and_resumed_end_bit_identical() -> None:
-    """Ten SIGKILLs; `make soak` makes a hundred."""
+    """Ten kills; `make soak` makes a hundred."""
     soak = Path(__file__).with_name("soak.py")
     done = subprocess.run([sys.executable, soak, "--kills", "10"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
