@@ -27,7 +27,7 @@ format: $(READY)  ## put the code in the one format
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
 
-soak: $(READY)  ## kill and resume at least 100 runs, and compare them with those that ran through
+soak: $(READY)  ## kill and resume runs of 24 configurations 100 times, and compare them with those that ran through
 	$(RUN)/python tests/soak.py --kills 100
 
 bench: $(READY)  ## measure, and write docs/performance.md
