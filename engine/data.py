@@ -60,10 +60,11 @@ def num_batches(data: object) -> int | None:
 
 def one_pass(data: Data) -> Iterator[Any]:
     """Return a fresh iterator over the batches; a loader's workers ignore the first signal."""
-    if isinstance(data, DataLoader) and data.num_workers > 0:
-        with patient_workers(data):
-            return iter(data)
-    return iter(data if isinstance(data, Iterable) else data())
+    batches = data if isinstance(data, Iterable) else data()
+    if isinstance(batches, DataLoader) and batches.num_workers > 0:
+        with patient_workers(batches):
+            return iter(batches)
+    return iter(batches)
 
 
 class repeat:  # noqa: N801 - reads as a word: fit(repeat(loader), epoch_length=100)

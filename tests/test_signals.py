@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
 
 from camshaft.callbacks import RunCheckpoint
-from camshaft.engine import Engine, StepEnd, one_pass
+from camshaft.engine import Data, Engine, StepEnd, one_pass
 from camshaft.engine.workers import HANDLED
 
 SCRIPT = """
@@ -168,7 +169,13 @@ def test_runs_killed_at_random_moments_and_resumed_end_bit_identical() -> None:
 _reaches_new_workers = False  # nothing that is registered for a fork can be removed again
 
 
-def test_a_signal_to_a_worker_that_is_only_starting_does_not_kill_it() -> None:
+def loader_with_workers() -> DataLoader[Any]:
+    """Three batches of one number each."""
+    return DataLoader([1, 2, 3], num_workers=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [loader_with_workers(), loader_with_workers], ids=["loader", "function"])
+def test_a_signal_to_a_worker_that_is_only_starting_does_not_kill_it(data: Data) -> None:
     """As when the first signal goes to the process group while a pass begins."""
 
     def strike() -> None:
@@ -179,7 +186,7 @@ def test_a_signal_to_a_worker_that_is_only_starting_does_not_kill_it() -> None:
     os.register_at_fork(after_in_child=strike)
     _reaches_new_workers = True
     try:
-        batches = [batch.tolist() for batch in one_pass(DataLoader([1, 2, 3], num_workers=2))]  # type: ignore[arg-type]
+        batches = [batch.tolist() for batch in one_pass(data)]
     finally:
         _reaches_new_workers = False
     assert batches == [[1], [2], [3]]
