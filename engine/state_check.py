@@ -47,6 +47,8 @@ def _in_run(run: dict[str, Any], counters: dict[str, int]) -> Iterator[str]:
         yield f"first_epoch is {run['first_epoch']:.6g}, in epoch {counters['epoch']:.6g}"
     if not run["first_step"] <= run["step_before_epoch"] <= counters["step"]:
         yield f"step_before_epoch is {run['step_before_epoch']:.6g}, at step {counters['step']:.6g}"
+    if run["epoch_length"] is not None and not 0 < run["epoch_length"] < 2**63:
+        yield f"epoch_length is {run['epoch_length']:.6g}"
     if run["phase"] not in list(Phase):
         yield f"phase is {run['phase']:.6g}"
     if not all(isinstance(name, str) and _is_value(value) for name, value in run["last_validation"].items()):
