@@ -15,6 +15,7 @@ from camshaft.engine import (
     EpochEnd,
     EpochStart,
     FitEnd,
+    FitStart,
     StepEnd,
     ValidationEnd,
     ValidationStart,
@@ -66,6 +67,10 @@ class ProgressBar(Callback):
             engine.subscribe(ValidationEnd, self._close_validation)
         else:
             engine.subscribe(StepEnd, self._write_step, when=self._line)
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Start the clock of an epoch that a resumed run is in the middle of."""
+        self._began = time.monotonic()
 
     def on_epoch_start(self, event: EpochStart) -> None:
         """Start the epoch's clock."""

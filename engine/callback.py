@@ -93,7 +93,8 @@ class Callback:
                     f"{type(self).__name__}.{name} matches no event. "
                     f"{did_you_mean(name, events)}Hooks: {', '.join(events)}."
                 )
-            engine.subscribe(events[name], getattr(self, name))
+            handler = getattr(self, name)
+            engine.subscribe(events[name], engine.ranks.not_asking(handler) if self.main_only else handler)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: state, never settings.

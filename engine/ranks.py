@@ -6,6 +6,7 @@ torch.distributed is imported only then.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import pickle
@@ -159,6 +160,21 @@ class Ranks:
         if sent is not None:
             raise sent if error is None else error
         return cast("T", result)
+
+    def not_asking(self, handler: Callable[[Any], T]) -> Callable[[Any], T]:
+        """Return a handler for rank 0 alone, which raises where it asks all ranks for something."""
+        if not self.several:
+            return handler
+
+        @functools.wraps(handler)
+        def handle(event: Any) -> T:
+            outer, self._is_on_main = self._is_on_main, True
+            try:
+                return handler(event)
+            finally:
+                self._is_on_main = outer
+
+        return handle
 
     def copy_from_main(self, tensors: list[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0: all of one kind in one transfer."""

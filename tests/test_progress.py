@@ -10,6 +10,7 @@ import math
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import pytest
 import torch
 from helpers import class_batches, make_trainer, refused, run_python
 
-from camshaft.callbacks import ProgressBar
+from camshaft.callbacks import ProgressBar, RunCheckpoint
 from camshaft.engine import ConfigurationError, Engine, StepEnd, ValidationStepEnd, at
 
 BATCH = torch.zeros(1)
@@ -370,3 +371,14 @@ def test_a_reader_that_went_away_does_not_end_the_training() -> None:
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
     with refused(ConfigurationError, phrase):
         ProgressBar(**settings)
+
+
+def test_an_epoch_that_is_resumed_shows_the_time_since_the_run_was_resumed(tmp_path: Path) -> None:
+    cut = make_trainer(RunCheckpoint(tmp_path))
+    cut.subscribe(StepEnd, lambda event: os.kill(os.getpid(), signal.SIGTERM), when=at(2))
+    cut.fit(class_batches(4, 4, 4), epochs=1)
+    file = io.StringIO()
+    make_trainer(RunCheckpoint(tmp_path), ProgressBar(file=file)).fit(class_batches(4, 4, 4), epochs=1, resume="auto")
+    seconds = re.search(r"^epoch 1/1 .* ([\d.]+)s$", file.getvalue(), re.MULTILINE)
+    assert seconds is not None
+    assert float(seconds[1]) < 60
