@@ -25,6 +25,7 @@ from camshaft.engine import (
     ConfigurationError,
     DataError,
     Engine,
+    FitEnd,
     FitStart,
     GradientsReady,
     is_sharded,
@@ -159,7 +160,8 @@ class Distributed(Callback):
                     f"The gradients of step {event.engine.step} were not added up over the ranks. "
                     "Call each part that is trained as a whole, model(inputs), once before its loss is differentiated."
                 )
-            replica.is_reduced = False
+            if replica.is_held_by(event.optimizer):  # another optimizer's window may still be open
+                replica.is_reduced = False
 
     def _check_batch_norm(self, name: str, module: nn.Module) -> None:
         if self.batch_norm == "sync" and any(
@@ -182,6 +184,11 @@ class Distributed(Callback):
             tensors = [*module.parameters(), *module.buffers()]
             ranks.copy_from_main([tensor for tensor in tensors if not is_sharded(tensor)])
 
+    def on_fit_end(self, event: FitEnd) -> None:
+        """End on every rank with the buffers of rank 0, such as what its batch normalisations have seen."""
+        if not event.engine.ranks.is_broken:
+            event.engine.ranks.copy_from_main(_buffers(event.engine))
+
     def __repr__(self) -> str:
         return f"Distributed({self.kind!r}, data={self.data!r}, batch_norm={self.batch_norm!r})"
 
@@ -196,6 +203,7 @@ class _Replica:
     def __init__(self, engine: Engine, parameters: list[nn.Parameter], find_unused_parameters: bool) -> None:
         self._engine = engine
         self.parameters = parameters
+        self._own = set(parameters)
         self.is_reduced = False  # whether gradients were added up since they were looked at last
         self._find_unused_parameters = find_unused_parameters
         self._learns: list[bool] = []  # of each parameter, when the replica was made
@@ -210,6 +218,10 @@ class _Replica:
             trained = list(itertools.compress(self.parameters, learns))
             self._replica = self._replicate(trained) if trained else _unchanged
         return self._replica(output)
+
+    def is_held_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether the optimizer holds any of the parameters; the first one tells, if it does."""
+        return any(parameter in self._own for parameter in parameters_of(optimizer))
 
     def has_gradients_of(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether anything that the optimizer holds has a gradient."""
@@ -299,8 +311,12 @@ def _together(engine: Engine) -> Iterator[None]:
 @contextmanager
 def _same_buffers(engine: Engine) -> Iterator[None]:
     """Evaluate on every rank with the buffers of rank 0, such as what its batch normalisations have seen."""
-    engine.ranks.copy_from_main([buffer for module in engine.parts.modules().values() for buffer in module.buffers()])
+    engine.ranks.copy_from_main(_buffers(engine))
     yield
+
+
+def _buffers(engine: Engine) -> list[Tensor]:
+    return [buffer for module in engine.parts.modules().values() for buffer in module.buffers()]
 
 
 def start_group(timeout: float) -> None:
