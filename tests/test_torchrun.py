@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from camshaft.callbacks import Distributed, RunCheckpoint
 from camshaft.engine import StepEnd, Trainer
 
+pytestmark = pytest.mark.slow  # each launch takes some seconds
+
 torch.set_num_threads(1)
 directory, rank = Path(sys.argv[1]), os.environ["RANK"]
 (directory / f"pid-{rank}").write_text(str(os.getpid()))
