@@ -17,6 +17,8 @@ import torch
 
 from camshaft.callbacks import RunCheckpoint
 
+pytestmark = pytest.mark.slow  # each launch takes some seconds
+
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
@@ -25,8 +27,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from camshaft.callbacks import Distributed, RunCheckpoint
 from camshaft.engine import StepEnd, Trainer
-
-pytestmark = pytest.mark.slow  # each launch takes some seconds
 
 torch.set_num_threads(1)
 directory, rank = Path(sys.argv[1]), os.environ["RANK"]
