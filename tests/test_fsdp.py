@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import refused, struck
+from helpers import kill_before, refused, struck
 from ranks import on_ranks
 from test_ranks import accuracy, assert_alike, data, everything_on, model, plain
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from camshaft.callbacks import (
 )
 from camshaft.callbacks.fsdp import matching_modules
 from camshaft.engine import (
+    PART_DIGESTS,
     Callback,
     CheckpointDirectory,
     CheckpointError,
@@ -47,8 +48,10 @@ from camshaft.engine import (
     local_part,
     made_whole,
     parameters_of,
+    write_part,
 )
 from camshaft.engine.checkpoint import load_verified
+from camshaft.engine.sharded import IN_PARTS
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(
@@ -182,6 +185,16 @@ def test_a_policy_computes_in_its_precision_and_keeps_the_weights_in_theirs() ->
     output, weight, loss = on_ranks(2, types)[0]
     assert (output, weight) == (torch.bfloat16, torch.float32)
     assert loss == pytest.approx(fit(sharded, plain)["rows"][-1]["train_loss"], abs=0.1)
+
+
+def test_a_second_fit_continues_with_the_parts() -> None:
+    def fit_twice() -> dict[str, Any]:
+        trainer = make(sharded, lambda: [WeightAverage(decay=0.9, load_at_end=True)])
+        for _ in range(2):
+            trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=1)
+        return outcome(trainer)
+
+    assert_alike(on_ranks(2, fit_twice)[0], fit_twice())
 
 
 def test_a_compiled_model_is_sharded_too() -> None:
@@ -468,6 +481,50 @@ def test_a_part_that_one_rank_cannot_write_warns_and_the_next_save_tries_again(
         return listing(tmp_path)
 
     assert on_ranks(2, run)[0] == [".run-000001.parts", "run-000001-step-14"]
+
+
+def write_in_parts(path: Path, number: int) -> None:
+    """What a save in parts does: begin, write the part of each of two ranks, write the checkpoint, and prune."""
+    directory = CheckpointDirectory(path)
+    parts = directory.begin_parts()
+    digests = [
+        write_part(parts, rank, {0: {"dim": 0, "begin": 2 * rank, "content": torch.full((2,), float(number))}})
+        for rank in range(2)
+    ]
+    weights = {IN_PARTS: 0, "shape": [4], "dtype": torch.float32}
+    directory.save({"number": number, "weights": weights, PART_DIGESTS: digests}, step=number)
+    directory.prune(keep=1, keep_every=None)
+
+
+def test_a_kill_at_any_call_of_a_save_in_parts_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    calls: list[str] = []
+    seen = set()
+    write_in_parts(tmp_path, 1)
+    with struck(calls.append):
+        write_in_parts(tmp_path, 2)
+    for fatal in range(1, len(calls) + 1):
+        path = tmp_path / str(fatal)
+        path.mkdir()
+        write_in_parts(path, 1)
+        kill_before(fatal, partial(write_in_parts, path, 2))
+        state, _ = CheckpointDirectory(path).load_newest() or ({}, None)
+        assert torch.equal(state["weights"], torch.full((4,), float(state["number"])))
+        seen.add(state["number"])
+        CheckpointDirectory(path).sweep()
+        write_in_parts(path, 3)
+        (parts,) = path.glob(".*")
+        (file,) = path.glob("run-*")
+        assert parts.name == f".{file.name[:10]}.parts"
+    assert seen == {1, 2}
+
+
+def test_parts_that_do_not_make_up_a_tensor_are_refused(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path)
+    digest = write_part(directory.begin_parts(), 0, {0: {"dim": 0, "begin": 0, "content": torch.zeros(2)}})
+    weights = {IN_PARTS: 0, "shape": [4], "dtype": torch.float32}
+    directory.save({"weights": weights, PART_DIGESTS: [digest]}, step=1)
+    with refused(CheckpointError, "the parts of a tensor of shape [4] are not all there"):
+        directory.load_newest()
 
 
 def test_one_process_has_no_parts_to_write(tmp_path: Path) -> None:
