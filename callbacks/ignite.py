@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from camshaft.engine import (
     BatchReady,
     Callback,
     CheckpointError,
+    ConfigurationError,
     Engine,
     EngineStateError,
     EpochEnd,
@@ -23,6 +25,7 @@ from camshaft.engine import (
     FitStart,
     GradientsReady,
     LossReady,
+    Ranks,
     RunFailed,
     Settled,
     StepEnd,
@@ -88,10 +91,21 @@ class Ignite(Callback):
         self.val: IgniteEngine = self._val.engine
         self.train.register_events("gradients_ready", event_to_attr={"gradients_ready": "iteration"})
         self._loss: Tensor | None = None
+        self._ranks = Ranks()  # until it is attached
+        self._has_seen = False  # whether the metrics have seen anything in this run
+        self._is_open = False  # whether they are in the middle of an epoch
+
+    def attach(self, engine: Engine) -> None:
+        """Follow the engine."""
+        super().attach(engine)
+        self._ranks = engine.ranks
 
     def on_fit_start(self, event: FitStart) -> None:
         """Fire STARTED."""
         engine, run = event.engine, event.engine.run
+        self._has_seen = self._is_open = False
+        if self._ranks.several:
+            _check_ranks([*self._train.metrics(), *self._val.metrics()])
         self._train.start(
             engine,
             epoch=engine.epoch,
@@ -133,7 +147,8 @@ class Ignite(Callback):
 
     def on_step_end(self, event: StepEnd) -> None:
         """Fire ITERATION_COMPLETED."""
-        self._train.fire(event.engine, self._events.ITERATION_COMPLETED, output=_output(event, self._loss))
+        self._has_seen = self._is_open = True
+        self._train.complete(event.engine, _output(event, self._loss))
 
     def on_settled(self, event: Settled) -> None:
         """Fire GET_BATCH_STARTED for the next batch of the epoch."""
@@ -153,7 +168,7 @@ class Ignite(Callback):
     def on_validation_step_end(self, event: ValidationStepEnd) -> None:
         """Fire ITERATION_COMPLETED, and GET_BATCH_STARTED for the next batch."""
         engine = event.engine
-        self._val.fire(engine, self._events.ITERATION_COMPLETED, output=_output(event))
+        self._val.complete(engine, _output(event))
         if engine.validation_step != engine.current.length:
             self._val.fire(engine, self._events.GET_BATCH_STARTED)
 
@@ -164,6 +179,7 @@ class Ignite(Callback):
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Fire EPOCH_COMPLETED."""
+        self._is_open = False
         self._train.end_epoch(event.engine, event.metrics)
 
     def on_run_failed(self, event: RunFailed) -> None:
@@ -176,29 +192,71 @@ class Ignite(Callback):
         self._train.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the metrics attached to ``train`` have seen in this epoch."""
-        return {"metrics": [_state_of(metric) for metric in self._train.metrics()]}
+        """Return what the metrics attached to ``train`` have seen on each rank, and whether their epoch is open."""
+        own = [_state_of(metric) for metric in self._train.metrics()] if self._has_seen else []
+        return {"is_open": self._is_open, "ranks": self._ranks.gather(own) if self._has_seen else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the states of the metrics, if as many metrics are attached as were saved."""
-        metrics = self._train.metrics()
-        if len(metrics) != len(state["metrics"]):
-            logger.warning("%d metrics of ignite's were saved, and %d are attached. They begin again.",
-                           len(state["metrics"]), len(metrics))  # fmt: skip
+        """Load the states of the metrics, if as many metrics are attached as were saved.
+
+        Raises:
+            CheckpointError: if they were saved in the middle of an epoch on another number of ranks.
+        """
+        self._is_open, saved = state["is_open"], state["ranks"]
+        if not saved:
             return
-        for metric, saved in zip(metrics, state["metrics"], strict=True):
+        self._has_seen = True
+        if len(saved) != self._ranks.world and self._is_open and any(saved):
+            raise CheckpointError(
+                f"Metrics of ignite's were saved in the middle of an epoch on {len(saved)} ranks, and cannot be put "
+                f"together for {self._ranks.world}. Resume on as many ranks."
+            )
+        self._load(saved[self._ranks.rank if len(saved) == self._ranks.world else 0])
+
+    def _load(self, states: list[dict[str, Any] | None]) -> None:
+        metrics = self._train.metrics()
+        if len(metrics) != len(states):
+            logger.warning("%d metrics of ignite's were saved, and %d are attached. They begin again.",
+                           len(states), len(metrics))  # fmt: skip
+            return
+        for metric, saved in zip(metrics, states, strict=True):
             if saved is not None:
-                metric.load_state_dict(saved)
+                metric._load_state_dict_per_rank(saved)
 
 
 def _state_of(metric: Any) -> dict[str, Any] | None:
     """Return what a metric has seen in this epoch; None if that cannot be saved safely."""
-    state: dict[str, Any] = metric.state_dict()
+    state: dict[str, Any] = metric._state_dict_per_rank()  # state_dict() asks all ranks for theirs
     try:
         check_plain(state, "metric")
     except CheckpointError:
         return None
     return state
+
+
+def _check_ranks(metrics: list[Any]) -> None:
+    """Refuse metrics that keep every sample: ignite joins only parts of one size."""
+    for metric in metrics:
+        if any(isinstance(value, list) for value in metric._state_dict_per_rank().values()):
+            raise ConfigurationError(
+                f"ignite's {type(metric).__name__} keeps every sample, and ignite can join those of several ranks "
+                "only if all have as many. Take a metric of torchmetrics, or compute it from what predict returns."
+            )
+
+
+@contextmanager
+def _idle(metrics: list[Any]) -> Iterator[None]:
+    """Let metrics take nothing in; a running average does, because it asks all ranks for each value."""
+    from ignite.metrics import RunningAverage
+
+    idle = [metric for metric in metrics if not isinstance(metric, RunningAverage)]
+    for metric in idle:
+        metric.update = lambda output: None
+    try:
+        yield
+    finally:
+        for metric in idle:
+            del metric.update
 
 
 class _Follower:
@@ -244,6 +302,12 @@ class _Follower:
             vars(self.state).update(state)
             self.engine._fire_event(event)  # as ignite's own loop does; fire_event() looks the name up each time
             self.obey(engine)
+
+    def complete(self, engine: Engine, output: Any) -> None:
+        """Fire ITERATION_COMPLETED; metrics take nothing in from a batch that stands in for none."""
+        stands_in = engine.current.is_stand_in
+        with _idle(self.metrics()) if stands_in else nullcontext():
+            self.fire(engine, self.events.ITERATION_COMPLETED, output=output)
 
     def obey(self, engine: Engine) -> None:
         """Do what a handler asked for, as ignite's own loop does after each event."""

@@ -44,6 +44,20 @@ class ComputedMetric:
         clone.reset()
         return clone
 
+    def check_ranks(self) -> None:
+        """Refuse a metric that several ranks cannot put together.
+
+        Raises:
+            ConfigurationError: for an ignite metric that keeps every sample: ignite joins only parts of one size.
+        """
+        if not self.is_torchmetrics and any(
+            isinstance(value, list) for value in self.metric._state_dict_per_rank().values()
+        ):
+            raise ConfigurationError(
+                f"The ignite metric {self.name!r} keeps every sample, and ignite can join those of several ranks only "
+                "if all have as many. Take a metric of torchmetrics, or compute it from what predict returns."
+            )
+
     def reset(self) -> None:
         """Forget every batch."""
         self.metric.reset()
@@ -106,12 +120,20 @@ class ComputedMetric:
         own, device = self.state_dict(), self._at or torch.device("cpu")
         if self.is_torchmetrics:
             self.load_state_dict(self.merged(states), device)
+        elif not own["updated"]:
+            self._load_nothing(next(state["states"] for state in states if state["updated"]))
         self._updated = True  # an ignite metric puts the ranks together itself, so that all of them must compute it
         computed = self.compute()
-        if self.is_torchmetrics:
+        if not own["updated"]:
+            self.reset()
+        elif self.is_torchmetrics:
             self.load_state_dict(own, device)
-        self._updated = own["updated"]
         return computed
+
+    def _load_nothing(self, seen: list[dict[str, Any]]) -> None:
+        """Let an ignite metric that has seen nothing have values of the kinds that another rank has."""
+        nothing, state = self.metric._state_dict_per_rank(), seen[0]
+        self.metric._load_state_dict_per_rank({name: _nothing_as(nothing[name], state[name]) for name in state})
 
     def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the state of a metric that has seen what several have, in their order.
@@ -119,14 +141,15 @@ class ComputedMetric:
         Raises:
             CheckpointError: for an ignite metric that has seen something, which cannot be put together this way.
         """
+        world, states = len(states), [state for state in states if state["updated"]] or states[:1]
         everywhere = [state["states"] for state in states]
-        if not self.is_torchmetrics:
-            if any(everywhere):
-                raise CheckpointError(
-                    f"The ignite metric {self.name!r} was saved in the middle of an epoch on {len(states)} ranks, and "
-                    "cannot be put together for another number. Resume on as many ranks."
-                )
+        if len(states) == 1:
             return states[0]
+        if not self.is_torchmetrics:
+            raise CheckpointError(
+                f"The ignite metric {self.name!r} was saved in the middle of an epoch on {world} ranks, and "
+                "cannot be put together for another number. Resume on as many ranks."
+            )
         return {
             "updated": any(state["updated"] for state in states),
             "states": [
@@ -141,7 +164,7 @@ class ComputedMetric:
     def state_dict(self) -> dict[str, Any]:
         """Return what the batches so far have left in the metric."""
         if not self.is_torchmetrics:
-            return {"updated": self._updated, "states": [self.metric.state_dict()] if self._updated else []}
+            return {"updated": self._updated, "states": [self.metric._state_dict_per_rank()] if self._updated else []}
         states = [{name: getattr(one, name) for name in one._defaults} for one in self._torchmetrics()]
         return {"updated": self._updated, "states": states}
 
@@ -151,7 +174,7 @@ class ComputedMetric:
         states = tree_map(lambda tensor: tensor.to(device), state["states"])
         if not self.is_torchmetrics:
             for saved in states:
-                self.metric.load_state_dict(saved)
+                self.metric._load_state_dict_per_rank(saved)  # the other asks all ranks for theirs
             return
         for one, saved in zip(self._torchmetrics(), states, strict=True):
             one.to(device)
@@ -164,6 +187,14 @@ class ComputedMetric:
         """Return the single metric, or those of a collection, each followed by those that it wraps."""
         outer = self.metric.values() if isinstance(self.metric, Mapping | torch.nn.ModuleDict) else [self.metric]
         return [inner for one in outer for inner in one.modules() if _comes_from("torchmetrics", inner)]
+
+
+def _nothing_as(nothing: Any, seen: Any) -> Any:
+    """Return a value of a metric that has seen nothing, in the shape of one that has."""
+    is_number = isinstance(nothing, int | float) and not isinstance(nothing, bool)
+    if isinstance(seen, Tensor) and not isinstance(nothing, Tensor):
+        return torch.full_like(seen, nothing if is_number else 0)
+    return nothing if is_number or isinstance(nothing, Tensor) else seen
 
 
 def _never() -> bool:

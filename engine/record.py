@@ -35,6 +35,8 @@ class Record:
         for name, metric in (metrics or {}).items():
             if isinstance(metric, ComputedMetric):
                 self.computed[name] = metric.fresh()
+                if self._ranks.several:
+                    self.computed[name].check_ranks()
             else:
                 self.functions[name] = metric
 
