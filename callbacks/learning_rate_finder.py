@@ -88,7 +88,7 @@ class LearningRateFinder:
             (trainer.parts["model"], trainer.parts["optimizer"], trainer.parts["loss_fn"])
         )  # copied together, so that the optimizer holds the copy's parameters
         callbacks = [
-            *([Distributed()] if trainer.ranks.several else []),
+            *(_another(c) for c in trainer.callbacks if isinstance(c, Distributed) and trainer.ranks.several),
             Placement(trainer.parts.device),
             *(MixedPrecision(c.precision) for c in trainer.callbacks if isinstance(c, MixedPrecision)),
         ]
@@ -152,6 +152,16 @@ class LearningRateFinder:
                 "Pass another range, or look at the model and the data."
             )
         return self.learning_rates[falls.index(max(falls))]
+
+
+def _another(own: Distributed) -> Distributed:
+    """Return one with the same settings, for an engine that is not sharded."""
+    return Distributed(
+        data=own.data,
+        batch_norm=own.batch_norm,
+        find_unused_parameters=own.find_unused_parameters,
+        timeout=own.timeout,
+    )
 
 
 def _kind(trainer: object) -> str:

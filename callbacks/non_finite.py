@@ -73,7 +73,8 @@ class StopOnNonFinite(Callback):
     def _read(self, event: StepEnd | EpochEnd) -> None:
         since, self._read_at = self._read_at + 1, event.engine.step
         flags, self._flags = self._flags, {}
-        if not any(flag.any() for flag in flags.values()):
+        seen = any(bool(flag.any()) for flag in flags.values())
+        if not event.engine.ranks.total(float(seen)):  # on several ranks, all see it at the same step
             return
         place = f"between steps {since} and {event.engine.step}"
         if self.policy == "stop":

@@ -138,6 +138,7 @@ class WeightAverage(Callback):
         if self.batch_norm_data is not None and not self._failed and engine.run.interrupted is None:
             with preserve_rng(), torch.no_grad(), self._swapped(engine):
                 _compute_statistics(engine, unwrap(engine.parts["model"]), self.batch_norm_data)
+            engine.ranks.copy_from_main(list(average.buffers()))  # ranks may read the data in orders of their own
         if self.load_at_end:
             unwrap(engine.parts["model"]).load_state_dict(average.module.state_dict())
 

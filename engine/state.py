@@ -86,7 +86,10 @@ def run_state(engine: Engine, *, gathers: bool = True) -> dict[str, Any]:
         "update": engine.update.state_dict(),
         "ranks": engine.ranks.gather({"rng": rng_state(), "train": engine.stages["train"].state_dict()}),
         "history": engine.history.state_dict(),
-        "callbacks": {name: callback.state_dict() for name, callback in named_callbacks(engine.callbacks).items()},
+        "callbacks": {
+            name: callback.state_dict() if _is_here(engine, callback) else {}
+            for name, callback in named_callbacks(engine.callbacks).items()
+        },
     }
     if gathers and engine.ranks.several:
         state = made_whole(state, is_kept=engine.ranks.is_main)
@@ -113,9 +116,14 @@ def find_state(engine: Engine, resume: str | Path) -> Found | None:
         _check_fit(engine, state, source, is_complete=False)
         saved = state["callbacks"]
         for name, callback in named_callbacks(engine.callbacks).items():
-            if name in saved and (engine.ranks.is_main or not callback.main_only):
+            if name in saved and _is_here(engine, callback):
                 callback.before_resume(saved[name])
     return found
+
+
+def _is_here(engine: Engine, callback: Callback) -> bool:
+    """Return whether a callback is attached on this rank."""
+    return engine.ranks.is_main or not callback.main_only
 
 
 def _found_by_main(engine: Engine, find: Callable[[], Found | None]) -> Found | None:
@@ -185,7 +193,7 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
     for name in parts.keys() - modules.keys():
         _load_part(name, parts[name], state["parts"][name], undo)
     callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
-    is_here = {name: engine.ranks.is_main or not callback.main_only for name, callback in callbacks.items()}
+    is_here = {name: _is_here(engine, callback) for name, callback in callbacks.items()}
     for name in [name for name in callbacks if name in saved and is_here[name]]:
         undo.callback(callbacks[name].load_state_dict, callbacks[name].state_dict())
         callbacks[name].load_state_dict(saved[name])
