@@ -257,12 +257,8 @@ class _Replica:
         Gradients that are in an open window already are the same on every rank, and stay what they are.
         """
         self.is_reduced = True
-        share = self._engine.current.share
         gradients = bucket.buffer()
-        if share is None or not share.here:
-            gradients.zero_()
-        else:
-            gradients.mul_(share.weight)
+        self._engine.current.weigh(gradients)
         future: torch.futures.Future[Any] = dist.all_reduce(gradients, async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
 

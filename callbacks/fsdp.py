@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from camshaft.engine import ConfigurationError, Engine, did_you_mean, has_shards, parameters_of, parts_like
+from camshaft.engine import ConfigurationError, Engine, did_you_mean, has_shards, parameters_of, state_like
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -248,13 +248,7 @@ def let_optimizers_hold(engine: Engine, earlier: Mapping[str, nn.Parameter], mod
             group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
         for parameter in new.keys() & optimizer.state.keys():
             state, parts = optimizer.state.pop(parameter), new[parameter]
-            optimizer.state[parts] = {
-                key: parts_like(value, parts) if _is_alike(value, parameter) else value for key, value in state.items()
-            }
-
-
-def _is_alike(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+            optimizer.state[parts] = state_like(state, parts)
 
 
 def is_meta(module: nn.Module) -> bool:
@@ -329,9 +323,5 @@ class _WeightedReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
-        share = self._engine.current.share
-        if share is None or not share.here:
-            input_tensor.zero_()  # not multiplied by 0, because a stand-in's gradient may be NaN
-        else:
-            input_tensor.mul_(share.weight)
+        self._engine.current.weigh(input_tensor)
         return self._send(output_tensor, input_tensor, op=dist.ReduceOp.SUM, group=group, async_op=async_op)

@@ -304,7 +304,7 @@ class _Follower:
             self.obey(engine)
 
     def complete(self, engine: Engine, output: Any) -> None:
-        """Fire ITERATION_COMPLETED; metrics take nothing in from a batch that stands in for none."""
+        """Fire ITERATION_COMPLETED; metrics leave out a batch that is there only for the communication."""
         stands_in = engine.current.is_stand_in
         with _idle(self.metrics()) if stands_in else nullcontext():
             self.fire(engine, self.events.ITERATION_COMPLETED, output=output)

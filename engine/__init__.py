@@ -55,7 +55,7 @@ from .parameters import Selection, decay_groups, is_weight, parameters_of, selec
 from .ranks import Ranks, Share, launched_rank, launched_world
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
-from .sharded import has_shards, is_sharded, local_part, made_whole, parts_like, shell_of, take_apart
+from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart
 from .stages import NOTHING, CurrentStage
 from .state import run_state
 from .step import FunctionStep, Step, SupervisedStep
@@ -139,8 +139,8 @@ __all__ = [
     "has_shards",
     "local_part",
     "made_whole",
-    "parts_like",
     "shell_of",
+    "state_like",
     "take_apart",
     "as_metrics",
     "scalars",

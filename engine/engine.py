@@ -327,10 +327,8 @@ class Engine:
                 with self.scope("forward"):
                     output = call_model(self.parts["model"], step.inputs(batch))
                 outputs.append(None if self.current.is_stand_in else tree_map(Tensor.cpu, output))
-        everywhere = zip(
-            *self.ranks.gather(outputs), strict=True
-        )  # the parts of each batch, in the order of the ranks
-        return concatenate([output for parts in everywhere for output in parts if output is not None])
+        batches = zip(*self.ranks.gather(outputs), strict=True)  # each in parts, in the order of the ranks
+        return concatenate([part for parts in batches for part in parts if part is not None])
 
     @contextmanager
     def _evaluating(self, name: str, data: Data) -> Iterator[CurrentStage]:

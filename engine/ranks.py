@@ -10,7 +10,8 @@ import functools
 import itertools
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -149,13 +150,11 @@ class Ranks:
         result: Any = None
         error: Exception | None = None
         if self.is_main:
-            self._is_on_main = True
             try:
-                result = function()
+                with self._not_asking():
+                    result = function()
             except Exception as raised:
                 error = raised
-            finally:
-                self._is_on_main = False
         result, sent = self.shared((result, None if error is None else _sendable(error)))
         if sent is not None:
             raise sent if error is None else error
@@ -168,13 +167,19 @@ class Ranks:
 
         @functools.wraps(handler)
         def handle(event: Any) -> T:
-            outer, self._is_on_main = self._is_on_main, True
-            try:
+            with self._not_asking():
                 return handler(event)
-            finally:
-                self._is_on_main = outer
 
         return handle
+
+    @contextmanager
+    def _not_asking(self) -> Iterator[None]:
+        """Refuse what asks all ranks for something, within the block."""
+        outer, self._is_on_main = self._is_on_main, True
+        try:
+            yield
+        finally:
+            self._is_on_main = outer
 
     def copy_from_main(self, tensors: list[Tensor]) -> None:
         """Overwrite the tensors with those of rank 0: all of one kind in one transfer."""

@@ -104,7 +104,7 @@ class _PositionedBatches:
         return self._divided() if self._ranks.several else self._whole()
 
     def _divided(self) -> Iterator[list[Any]]:
-        """Yield this rank's part of each list; the first sample stands in for none."""
+        """Yield this rank's part of each list; the first sample where it has none."""
         for (epoch, position), *indices in self._whole():
             begin, end = self._ranks.part(len(indices))
             self._shares.append(Share(end - begin, len(indices)))
@@ -171,13 +171,10 @@ class _SeededDataset(Dataset[Any]):
         self._seed = seed
 
     def __getitems__(self, tagged: list[Any]) -> Any:
-        if self._draws_nothing:  # then seeding would take longer than reading
-            (epoch, position), *indices = tagged
-            return self._collate([self._read_one(index, epoch, position + at) for at, index in enumerate(indices)])
-        if get_worker_info() is None:
-            with preserve_rng():
-                return self._collate(self.read(tagged))
-        return self._collate(self.read(tagged))
+        if self._draws_nothing or get_worker_info() is not None:
+            return self._collate(self.read(tagged))
+        with preserve_rng():
+            return self._collate(self.read(tagged))
 
     def read(self, tagged: list[Any]) -> list[Any]:
         """Return the samples of a batch, which begins with its tag."""
@@ -200,6 +197,8 @@ class _SeededDataset(Dataset[Any]):
             raise
 
     def _seed_all(self, seed: int) -> None:
+        if self._draws_nothing:  # then seeding would take longer than reading
+            return
         random.seed(seed)
         torch.default_generator.manual_seed(seed % 2**63)
         if "numpy" in sys.modules:

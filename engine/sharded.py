@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import tree_map
+from .parameters import parameters_of
 
 
 def is_sharded(tensor: object) -> bool:
@@ -72,23 +73,24 @@ def like_module(state: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any
 
 def like_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's whole state with parts in the place of what it holds for parameters in parts."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     if not has_shards(parameters):
         return state
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     own = dict(zip(numbers, parameters, strict=True))
     placed = {
-        number: {
-            key: parts_like(value, own[number]) if _has_its_shape(value, own.get(number)) else value
-            for key, value in values.items()
-        }
+        number: state_like(values, own[number]) if number in own else values
         for number, values in state["state"].items()
     }
     return state | {"state": placed}
 
 
-def _has_its_shape(value: object, parameter: Tensor | None) -> bool:
-    return isinstance(value, Tensor) and parameter is not None and value.shape == parameter.shape
+def state_like(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Return what an optimizer keeps for a parameter, laid out as that is where it has its shape."""
+    return {
+        key: parts_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        for key, value in values.items()
+    }
 
 
 def shell_of(module: nn.Module) -> nn.Module:

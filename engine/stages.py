@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from .batch import num_samples
 from .errors import ConfigurationError, EngineStateError, check_name
@@ -36,7 +36,7 @@ class CurrentStage:
         output: what the step gave to ``engine.measure`` for the batch, or else returned.
         target: what the step gave to ``engine.measure`` beside the output; `NOTHING` if it measured nothing.
         share: what this rank has of the batch; None in one process.
-        is_stand_in: whether the batch only stands in for none, because this rank has no part of the whole.
+        is_stand_in: whether the batch is there only for the communication, because this rank has no part of the whole.
     """
 
     __slots__ = ("batch", "is_stand_in", "length", "name", "output", "record", "share", "target")
@@ -54,6 +54,16 @@ class CurrentStage:
     def num_samples(self) -> int:
         """Return the number of samples in the present batch; 0 for a stand-in."""
         return 0 if self.is_stand_in else num_samples(self.batch)
+
+    def weigh(self, gradients: Tensor) -> None:
+        """Multiply this rank's gradients, in place, by its share of the batch; without one they become 0.
+
+        They are not multiplied by 0, because a stand-in's gradient may be NaN.
+        """
+        if self.share is None or not self.share.here:
+            gradients.zero_()
+        else:
+            gradients.mul_(self.share.weight)
 
     def peek(self) -> dict[str, float]:
         """Return the newest averages that have reached the host, without waiting for the device."""

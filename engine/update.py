@@ -134,13 +134,13 @@ class Update:
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
             check_loss(loss, self._parts)
         closes = True
-        if progress.current.share is not None:
-            num_samples, batch_size = self._on_all_ranks(progress.current, num_samples, batch_size), None
+        if (share := progress.current.share) is not None:
+            num_samples, batch_size = self._on_all_ranks(progress.current, share, num_samples, batch_size), None
         if self._accumulates or batch_size is not None:
             num_samples = progress.current.num_samples() if num_samples is None else num_samples
             whole = num_samples if batch_size is None else batch_size
-            share, closes = window.add(num_samples, whole, self._size)
-            loss = loss * share
+            factor, closes = window.add(num_samples, whole, self._size)
+            loss = loss * factor
         if num_samples is None or num_samples != 0:  # the mean of no samples is NaN, and so would its gradients be
             scaled = loss if window.scaler is None else window.scaler.scale(loss)
             if self._several:
@@ -151,13 +151,13 @@ class Update:
         if closes:
             self._apply(window)
 
-    def _on_all_ranks(self, stage: CurrentStage, num_samples: float | None, batch_size: float | None) -> float:
+    def _on_all_ranks(
+        self, stage: CurrentStage, share: Share, num_samples: float | None, batch_size: float | None
+    ) -> float:
         """Return the number of samples of all ranks, and let this rank's gradients count by its share of them.
 
         What a loss is the mean of, if it is stated, is summed over the ranks.
         """
-        share = stage.share
-        assert share is not None
         if batch_size is not None:
             raise EngineStateError(
                 "engine.update was given a part of a batch (batch_size), which several ranks cannot take apart. "

@@ -97,34 +97,6 @@ def with_a_weight_of_its_own() -> Outcome:
     return outcome(engine, net)
 
 
-def with_two_optimizers() -> Outcome:
-    """A generator and a discriminator, each with losses of its own."""
-    torch.manual_seed(0)
-    maker, judge = nn.Linear(5, 5).double(), nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-
-    def step(engine: Engine, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        made = maker(batch[0].flip(1))
-        judged = (nn.functional.softplus(-judge(batch[0])) + nn.functional.softplus(judge(made.detach()))).mean()
-        if engine.training:
-            engine.update(judged, optimizer="judging")
-        fooled = nn.functional.softplus(-judge(made)).mean()
-        if engine.training:
-            engine.update(fooled, optimizer="making")
-        return {"judged": judged, "fooled": fooled}
-
-    engine = Engine(
-        step,
-        maker=maker,
-        judge=judge,
-        making=torch.optim.Adam(maker.parameters(), 0.01),
-        judging=torch.optim.Adam(judge.parameters(), 0.01),
-        callbacks=[Distributed()],
-        seed=7,
-    )
-    engine.fit(data(50), data(3, shuffle=False), epochs=2)
-    return outcome(engine, nn.ModuleList([maker, judge]))
-
-
 RAGGED = [
     with_few_samples,
     with_batches_smaller_than_the_world,
@@ -132,7 +104,6 @@ RAGGED = [
     with_passes_longer_than_an_epoch,
     with_a_list,
     with_a_weight_of_its_own,
-    with_two_optimizers,
 ]
 
 

@@ -293,8 +293,9 @@ def adversarial(every: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_two_optimizers_give_the_numbers_of_one_process(every: int) -> None:
-    assert_as_alone(2, adversarial, every)
+@pytest.mark.parametrize("world", [2, 4])
+def test_two_optimizers_give_the_numbers_of_one_process(world: int, every: int) -> None:
+    assert_as_alone(world, adversarial, every)
 
 
 def masked(weighs_on_device: bool) -> dict[str, Any]:
