@@ -16,6 +16,7 @@ from .errors import (
     DataError,
     EngineStateError,
     HandlerError,
+    MissingPackageError,
     can_take,
     did_you_mean,
     is_number,
@@ -51,6 +52,7 @@ from .history import STAGES, History, values_of
 from .losses import FocalLoss, SymmetricCrossEntropy
 from .meter import AverageMeter
 from .metric import as_metrics
+from .optional import import_optional
 from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters, weights_of
 from .ranks import Ranks, Share, launched_rank, launched_world
 from .rng import generator_states, preserve_rng, set_generator_states
@@ -102,12 +104,14 @@ __all__ = [
     "HandlerError",
     "DataError",
     "EngineStateError",
+    "MissingPackageError",
     "CheckpointError",
     # For authors of handlers.
     "did_you_mean",
     "is_number",
     "whole_number",
     "can_take",
+    "import_optional",
     "Ranks",
     "Share",
     "launched_rank",

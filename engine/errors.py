@@ -5,7 +5,8 @@
     │   └── HandlerError                  a handler or hook that could never be called
     ├── DataError (ValueError)            data or a model's output that does not fit
     ├── CheckpointError (RuntimeError)    a file that cannot be loaded into this run
-    └── EngineStateError (RuntimeError)   a call that is not possible at this moment
+    ├── EngineStateError (RuntimeError)   a call that is not possible at this moment
+    └── MissingPackageError (ImportError) a package that is needed for this and not installed
 
 Each message is one sentence of fact, with names and values, and one of what to write instead.
 """
@@ -44,6 +45,10 @@ class CheckpointError(CamshaftError, RuntimeError):
 
 class EngineStateError(CamshaftError, RuntimeError):
     """A call that is not possible at this moment of the run."""
+
+
+class MissingPackageError(CamshaftError, ImportError):
+    """A package that is needed for what was asked, and is not installed."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigurationError, did_you_mean
+from .optional import import_optional
 from .table import Table, unpack
 
 if TYPE_CHECKING:
@@ -111,13 +112,11 @@ class History(Mapping[str, list[float]]):
         """Return the history as a pandas DataFrame, one row per epoch.
 
         Raises:
-            ImportError: if pandas is not installed.
+            MissingPackageError: if pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_frame() needs pandas, which is missing. Write: pip install pandas.") from error
-        return pandas.DataFrame({name: self[name] for name in self})
+        module = import_optional("pandas", used_by="history.to_frame()")
+        frame: pandas.DataFrame = module.DataFrame({name: self[name] for name in self})
+        return frame
 
     def curves(self) -> list[str]:
         """Return the names that can be drawn, without their stage: ``["loss", "acc"]``."""

@@ -18,6 +18,7 @@ from camshaft.engine import (
     Engine,
     EngineStateError,
     HandlerError,
+    MissingPackageError,
     can_take,
     did_you_mean,
     is_number,
@@ -30,6 +31,7 @@ KINDS = [
     (DataError, ValueError),
     (CheckpointError, RuntimeError),
     (EngineStateError, RuntimeError),
+    (MissingPackageError, ImportError),
 ]
 
 
