@@ -114,7 +114,7 @@ class RunCheckpoint(Callback):
     def attach(self, engine: Engine) -> None:
         """Look at the data and at the clock, too; let no other run write in the directory at the same time."""
         super().attach(engine)
-        engine.listeners.around("fit", lambda: self._locked(engine))
+        engine.listeners.around("lock", lambda: self._locked(engine))
         self._first_batch = engine.subscribe(BatchReady, self._say_exactness)
         if self.every_seconds is not None and engine.ranks.is_main:
             engine.subscribe(StepEnd, lambda event: event.engine.run.save(), when=every_seconds(self.every_seconds))

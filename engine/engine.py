@@ -52,7 +52,7 @@ from .rng import generator_states, preserve_rng, seed_everything, set_generator_
 from .run import NO_RUN, Phase, Run
 from .signals import handled_signals
 from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
-from .state import find_state, load_state
+from .state import Found, find_state, load_state
 from .step import Step, StepFunction, StepOutput, as_step
 from .update import Update
 from .values import prefixed, scalars
@@ -395,8 +395,14 @@ class Engine:
         if self.run is not NO_RUN:
             raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
         check_joined(self.ranks)
-        found = None if resume is None else find_state(self, resume)
-        run = self._begin_run(plan, feed, has_validation, is_resuming=resume is not None)
+        with self.scope("lock"):
+            found = None if resume is None else find_state(self, resume)
+            yield from self._epochs_from(found, plan, feed, has_validation, is_resuming=resume is not None)
+
+    def _epochs_from(
+        self, found: Found | None, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool
+    ) -> Generator[int, None, None]:
+        run = self._begin_run(plan, feed, has_validation, is_resuming=is_resuming)
         try:
             with self.parts.preserve_modes(), self.scope("fit"), handled_signals(run.interrupt):
                 try:
@@ -404,7 +410,7 @@ class Engine:
                     self.emit(FitStart(self))
                     if found is not None:
                         self._resume(run, *found)
-                    elif resume is not None:
+                    elif is_resuming:
                         logger.info("No checkpoint yet: the run starts from the beginning.")
                     while not run.settle(self.epoch, self.step):
                         if run.phase is Phase.BETWEEN:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 E = TypeVar("E", bound=Event)
-Scope = Literal["fit", "forward", "evaluation"]
+Scope = Literal["lock", "fit", "forward", "evaluation"]
 Manager = Callable[[], AbstractContextManager[Any]]
 
 
@@ -89,10 +89,11 @@ class Listeners:
             channel.rewind()
 
     def around(self, scope: Scope, manager: Manager) -> None:
-        """Enter ``manager()`` around every "fit", "forward" (model and loss) or "evaluation".
+        """Enter ``manager()`` around every "lock", "fit", "forward" (model and loss) or "evaluation".
 
         Managers are entered in the order of these calls and left in reverse order, also after an error. FitStart and
-        FitEnd happen inside "fit".
+        FitEnd happen inside "fit". "lock" is around that, and around the search for a checkpoint to resume from: it
+        keeps other runs out of the files of this one.
         """
         if scope not in get_args(Scope):
             raise ConfigurationError(

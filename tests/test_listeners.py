@@ -180,7 +180,9 @@ def test_one_callback_attached_twice_is_refused(make: Callable[[], Callback]) ->
 
 @pytest.mark.parametrize(("scope", "hint"), [("foward", 'Did you mean "forward"?'), ("step", "Write")])
 def test_a_scope_that_does_not_exist_is_refused(scope: Any, hint: str) -> None:
-    with refused(ConfigurationError, f'"{scope}" is not a scope.', hint, "Write one of: fit, forward, evaluation"):
+    with refused(
+        ConfigurationError, f'"{scope}" is not a scope.', hint, "Write one of: lock, fit, forward, evaluation"
+    ):
         Engine().listeners.around(scope, lambda: torch.no_grad())
 
 

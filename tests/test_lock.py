@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import class_batches, make_trainer, refused, run_python
 
-from camshaft.callbacks import RunCheckpoint
+from camshaft.callbacks import RunCheckpoint, RunDirectory
 from camshaft.engine import ConfigurationError, Engine, StepEnd, files
+from camshaft.engine.files import locked
 
 HOLDER = """
 import sys, time, torch
@@ -59,6 +60,21 @@ def test_a_second_process_is_refused_before_its_first_step_and_the_files_stay(tm
             with refused(ConfigurationError, f"{tmp_path} is in use by another run, in process {process.pid}."):
                 engine.fit(DATA, epochs=1, resume=resume)
             assert (engine.step, sorted(tmp_path.iterdir())) == (0, before)
+
+
+def test_a_refused_run_neither_puts_a_damaged_file_aside_nor_goes_on_in_the_run_directory(tmp_path: Path) -> None:
+    """It could be the file that the other run is about to replace."""
+    checkpoints = tmp_path / "checkpoints"
+    earlier = RunDirectory(tmp_path / "runs")
+    make_trainer(earlier, RunCheckpoint(checkpoints)).fit(class_batches(4), epochs=2)
+    newest = max(checkpoints.glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with locked(checkpoints):
+        second = make_trainer(RunDirectory(tmp_path / "runs"), RunCheckpoint(checkpoints))
+        with refused(ConfigurationError, f"{checkpoints} is in use by another run, in process {os.getpid()}."):
+            second.fit(class_batches(4), epochs=3, resume="auto")
+    assert {path: path.read_bytes() for path in content} == content
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
