@@ -206,6 +206,7 @@ class _Replica:
         self._own = set(parameters)
         self.is_reduced = False  # whether gradients were added up since they were looked at last
         self._find_unused_parameters = find_unused_parameters
+        self._running: list[Any] = []  # what adds up the gradients of the present backward pass
         self._learns: list[bool] = []  # of each parameter, when the replica was made
         self._replica: Callable[[Any], Any] = _unchanged
 
@@ -252,15 +253,25 @@ class _Replica:
         self.is_reduced = is_reduced
 
     def _add_up(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Return the sum of all ranks' gradients, each weighted by its share; shares add up to 1.
+        """Add up all ranks' gradients, each weighted by its share; shares add up to 1.
 
         Gradients that are in an open window already are the same on every rank, and stay what they are.
+
+        Torch looks at what this returns only after the last bucket, and that one waits for all of them here. A function
+        that is called when a bucket is done would run on a thread of the communication, where Python costs more than
+        the sum of a small model's gradients, and which may still call it when the process ends.
         """
         self.is_reduced = True
         gradients = bucket.buffer()
         self._engine.current.weigh(gradients)
-        future: torch.futures.Future[Any] = dist.all_reduce(gradients, async_op=True).get_future()
-        return future.then(lambda done: done.value()[0])
+        self._running.append(dist.all_reduce(gradients, async_op=True))
+        if bucket.is_last():
+            running, self._running = self._running, []
+            for work in running:
+                work.wait()
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(gradients)
+        return done
 
     def __deepcopy__(self, memo: object) -> Callable[..., Any]:
         return _unchanged_output  # a copy of the model, such as a weight average, is not trained
