@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import logging
 import os
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,10 +38,11 @@ from camshaft.engine import (
     parameters_of,
 )
 
-from .fsdp import FullyShard, Initialise
+from .fsdp import FullyShard, Initialise, check_held
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger("camshaft")
 
@@ -142,6 +148,7 @@ class Distributed(Callback):
         else:
             for module in engine.parts.modules().values():
                 self._replicate(engine, module)
+            check_held(engine, {parameter for replica in self._replicas for parameter in replica.parameters})
             engine.subscribe(GradientsReady, self._check_reduced)
         engine.listeners.around("evaluation", lambda: _same_buffers(engine))
 
@@ -155,6 +162,12 @@ class Distributed(Callback):
     def _check_reduced(self, event: GradientsReady) -> None:
         """Refuse an update by gradients that were not added up, because the module was not called as a whole."""
         for replica in self._replicas:
+            if replica.passes.lost_one():
+                raise DataError(
+                    f"The loss of step {event.engine.step} was differentiated more than once after one call of the "
+                    "model, and only the first time is added up over the ranks. "
+                    "Add the losses up and differentiate their sum, or call the model once for each."
+                )
             if not replica.is_reduced and replica.has_gradients_of(event.optimizer):
                 raise DataError(
                     f"The gradients of step {event.engine.step} were not added up over the ranks. "
@@ -205,6 +218,7 @@ class _Replica:
         self.parameters = parameters
         self._own = set(parameters)
         self.is_reduced = False  # whether gradients were added up since they were looked at last
+        self.passes = _Passes()
         self._find_unused_parameters = find_unused_parameters
         self._running: list[Any] = []  # what adds up the gradients of the present backward pass
         self._learns: list[bool] = []  # of each parameter, when the replica was made
@@ -233,8 +247,10 @@ class _Replica:
         replica = DistributedDataParallel(
             _Parameters(parameters), find_unused_parameters=self._find_unused_parameters, init_sync=False
         )
-        replica.register_comm_hook(None, lambda _, bucket: self._add_up(bucket))
+        # Only a weak reference, because Python does not see the circle that leads through torch's reducer.
+        replica.register_comm_hook(weakref.proxy(self), lambda own, bucket: own._add_up(bucket))
         self._settle(replica, parameters)
+        self.passes.watch(parameters)
         return replica
 
     def _settle(self, replica: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
@@ -257,11 +273,12 @@ class _Replica:
 
         Gradients that are in an open window already are the same on every rank, and stay what they are.
 
-        Torch looks at what this returns only after the last bucket, and that one waits for all of them here. A function
-        that is called when a bucket is done would run on a thread of the communication, where Python costs more than
-        the sum of a small model's gradients, and which may still call it when the process ends.
+        Torch looks at what this returns after the last bucket, and that one waits for all of them here. A function to
+        be called when a bucket is done would run on a thread of the communication, where Python costs more than the
+        sum of a small model's gradients.
         """
         self.is_reduced = True
+        self.passes.reduce()
         gradients = bucket.buffer()
         self._engine.current.weigh(gradients)
         self._running.append(dist.all_reduce(gradients, async_op=True))
@@ -278,6 +295,42 @@ class _Replica:
 
     def __reduce__(self) -> str:
         return "_unchanged_output"
+
+
+class _Passes:
+    """Backward passes that have reached parameters, and those whose gradients were added up over the ranks.
+
+    Torch adds up those of the first pass after each call of the model. Another one is seen if it reaches the first or
+    the last of the parameters: to look at each of them would cost more than the sum.
+    """
+
+    def __init__(self) -> None:
+        self._reduced = -1  # the newest one that was added up, by the number that torch gives it
+        self._others: set[int] = set()  # that were not
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, parameters: list[nn.Parameter]) -> None:
+        """See the passes that reach the first or the last of the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        own = weakref.proxy(self)
+        ends = dict.fromkeys((parameters[0], parameters[-1]))
+        self._handles = [end.register_post_accumulate_grad_hook(lambda _: own._see()) for end in ends]
+
+    def reduce(self) -> None:
+        """Take note that the gradients of the present pass are being added up."""
+        self._reduced = torch._C._current_graph_task_id()
+        self._others.discard(self._reduced)
+
+    def lost_one(self) -> bool:
+        """Return whether a pass was not added up, since this was asked last."""
+        lost = bool(self._others)
+        self._others.clear()
+        return lost
+
+    def _see(self) -> None:
+        if (present := torch._C._current_graph_task_id()) != self._reduced:
+            self._others.add(present)
 
 
 class _Parameters(nn.Module):
@@ -352,3 +405,25 @@ def _shares_a_store() -> bool:
 def _end_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+    _let_threads_finish()
+
+
+def _let_threads_finish(limit: float = 1.0) -> None:
+    """Wait until no other thread of this process wants to run, or for ``limit`` seconds.
+
+    A thread of the group lets go of a tensor after its ranks have gone on. If the system lets it run only when Python
+    is ending, it cannot get Python's lock any more, and the process aborts. Where a system does not say what its
+    threads do, nothing is waited for.
+    """
+    own, until = str(threading.get_native_id()), time.monotonic() + limit
+    while time.monotonic() < until:
+        time.sleep(0.001)  # the others may have Python's lock meanwhile
+        others = [path for path in Path("/proc/self/task").glob("*/stat") if path.parent.name != own]
+        if not any(_wants_to_run(path) for path in others):
+            return
+
+
+def _wants_to_run(thread: Path) -> bool:
+    with contextlib.suppress(OSError):  # it has ended
+        return thread.read_text().rpartition(")")[2].split()[0] == "R"
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -231,8 +231,17 @@ def _check_parts(engine: Engine, modules: Mapping[str, nn.Module]) -> None:
                     f"The parts {owner[parameter]} and {name} share parameters, which cannot be sharded twice. "
                     "Pass the outer one alone, or write Distributed()."
                 )
+    check_held(engine, owner.keys())
+
+
+def check_held(engine: Engine, parameters: Collection[nn.Parameter]) -> None:
+    """Refuse an optimizer that holds other parameters than these, those of all parts.
+
+    Raises:
+        ConfigurationError: if there is one.
+    """
     held = [parameter for one in engine.parts.optimizers().values() for parameter in parameters_of(one)]
-    if any(parameter not in owner for parameter in held):
+    if any(parameter not in parameters for parameter in held):
         raise ConfigurationError(
             "The optimizer holds parameters of no part, whose gradients would not be added up. "
             "Pass the modules that they belong to as parts, too."

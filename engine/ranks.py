@@ -24,7 +24,6 @@ from .rng import mix
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -52,7 +51,8 @@ class Share:
 class Ranks:
     """All ranks of a run, as one of them sees them.
 
-    Every method that communicates must be called by all ranks, in the same order.
+    Every method that communicates must be called by all ranks, in the same order. It uses torch.distributed's default
+    group, which nothing here holds: the threads of a group end when nobody holds it any more.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -66,7 +66,6 @@ class Ranks:
         self.world = 1
         self.divides = True
         self.is_broken = False
-        self._group: ProcessGroup | None = None
         self._store: Store | None = None
         self._num_stores = 0
         self._is_on_main = False
@@ -81,7 +80,6 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         self.rank, self.world, self.divides = dist.get_rank(), dist.get_world_size(), divides
-        self._group = dist.group.WORLD
         self._store = PrefixStore(f"camshaft/{next(_numbers)}", _get_default_store())
 
     @property
@@ -109,7 +107,7 @@ class Ranks:
 
             self._refuse_on_main()
             values = values.clone()
-            dist.all_reduce(values, group=self._group)
+            dist.all_reduce(values)
         return values
 
     def total(self, number: float) -> float:
@@ -124,7 +122,7 @@ class Ranks:
 
         self._refuse_on_main()
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, tree_map(Tensor.cpu, value), group=self._group)
+        dist.all_gather_object(values, tree_map(Tensor.cpu, value))
         return values
 
     def shared(self, value: T) -> T:
@@ -135,7 +133,7 @@ class Ranks:
 
         self._refuse_on_main()
         values: list[Any] = [value if self.is_main else None]
-        dist.broadcast_object_list(values, src=0, group=self._group)
+        dist.broadcast_object_list(values, src=0)
         return cast("T", values[0])
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -193,7 +191,7 @@ class Ranks:
             kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         for same in kinds.values():
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-            dist.broadcast(flat, src=0, group=self._group)
+            dist.broadcast(flat, src=0)
             for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
                 with torch.no_grad():
                     tensor.copy_(part.view_as(tensor))

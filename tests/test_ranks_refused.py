@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from camshaft.callbacks import Accumulate, Distributed
-from camshaft.engine import Callback, ConfigurationError, Engine, Trainer
+from camshaft.engine import Callback, ConfigurationError, DataError, Engine, Trainer
 
 Style = Callable[[Any, list[Callback], int | None], Engine]
 
@@ -142,3 +144,77 @@ def test_data_of_the_ranks_own_may_differ_in_length_and_count_each_sample_once(s
         assert result[1] == pytest.approx(losses, rel=1e-6)
         assert result[2] == pytest.approx(evaluated, rel=1e-6)
         assert result[3] == pytest.approx(weights, rel=1e-6)
+
+
+def differentiate_twice() -> str:
+    """Return what is said of a step that differentiates two losses of one call of the model."""
+    net, optimizer = net_and_optimizer()
+
+    def step(engine: Engine, batch: tuple[Tensor, Tensor]) -> None:
+        output = net(batch[0])
+        (output.mean() / 2).backward(retain_graph=True)
+        engine.update(output.mean() / 2)
+
+    engine = Engine(step, model=net, optimizer=optimizer, callbacks=[Distributed()], seed=0)
+    before = nn.utils.parameters_to_vector(net.parameters()).tolist()
+    with pytest.raises(DataError) as caught:
+        engine.fit([batch()] * 2, epochs=1)
+    assert nn.utils.parameters_to_vector(net.parameters()).tolist() == before
+    return str(caught.value)
+
+
+def test_a_second_backward_pass_through_one_call_of_the_model_is_refused() -> None:
+    """Only the first would be added up over the ranks, and the weights of the ranks would part without a word."""
+    for said in on_ranks(2, differentiate_twice):
+        assert said.startswith("The loss of step 1 was differentiated more than once after one call of the model")
+        assert said.endswith("Add the losses up and differentiate their sum, or call the model once for each.")
+
+
+def differentiate_in_windows() -> list[int]:
+    """Return the updates of two passes of two calls each, with and without a window over several batches."""
+    net, optimizer = net_and_optimizer()
+
+    def step(engine: Engine, batch: tuple[Tensor, Tensor]) -> None:
+        net(batch[0]).mean().backward()
+        engine.update(net(batch[0]).mean())
+
+    done = []
+    for callbacks in ([], [Accumulate(batches=2)]):
+        engine = Engine(step, model=net, optimizer=optimizer, callbacks=[Distributed(), *callbacks], seed=0)
+        engine.fit([batch()] * 4, epochs=1)
+        done.append(engine.num_updates)
+    return done
+
+
+def test_several_calls_of_the_model_each_differentiated_once_are_added_up() -> None:
+    assert on_ranks(2, differentiate_in_windows) == [[4, 2]] * 2
+
+
+def train_what_is_no_part() -> None:
+    net, optimizer = net_and_optimizer()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with refused(ConfigurationError, "The optimizer holds parameters of no part", "Pass the modules"):
+        Engine(lambda engine, batch: None, model=net, optimizer=optimizer, callbacks=[Distributed()], seed=0)
+
+
+def let_go() -> None:
+    """An engine that was run and dropped is freed, with what torch has made for it."""
+    net, optimizer = net_and_optimizer()
+    engine = Engine(own_step, model=net, optimizer=optimizer, callbacks=[Distributed()], seed=0)
+    engine.fit([batch()], epochs=1)
+    alive = weakref.ref(net)
+    del engine, net, optimizer
+    gc.collect()
+    assert alive() is None
+
+
+def own_step(engine: Engine, batch: tuple[Tensor, Tensor]) -> None:
+    engine.update(engine.parts["model"](batch[0]).mean())
+
+
+def test_an_engine_that_is_dropped_lets_go_of_its_model() -> None:
+    on_ranks(2, let_go)
+
+
+def test_an_optimizer_of_parameters_that_belong_to_no_part_is_refused() -> None:
+    on_ranks(2, train_what_is_no_part)
