@@ -93,7 +93,7 @@ class StepInParts:
         window = tree_map(Tensor.clone, engine.update.state_dict())  # holds gradients only if one is open
         while True:
             try:
-                self.step.train_in_parts(engine, _split(batch, min(settings.num_parts, total), total), total)
+                self.step.train_in_parts(engine, _split(batch, min(settings.num_parts, total), total))
                 return
             except torch.OutOfMemoryError:
                 engine.update.reset()

@@ -73,6 +73,9 @@ class Engine:
             Or a `Step`. None is for the script style, where your own loop does the work.
         callbacks: handlers, attached in this order.
         seed: seeds python, numpy and torch when the first run begins; None leaves them alone.
+        num_samples: ``num_samples(batch)`` tells by how much a batch counts in updates, averages and evaluations: a
+            number or a tensor of one element, such as the number of tokens ``batch["mask"].sum()``. A loss is then a
+            mean over those. By default, the first dimension of the batch's tensors.
         parts: the named objects of the run, such as ``model=`` and ``optimizer=``.
 
     Raises:
@@ -104,6 +107,7 @@ class Engine:
         *,
         callbacks: Iterable[Callback] = (),
         seed: int | None = None,
+        num_samples: Callable[[Any], float | Tensor] | None = None,
         **parts: Any,
     ) -> None:
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
@@ -112,15 +116,15 @@ class Engine:
         self.stepper = step if step is None else as_step(step)
         self.epoch = self.step = self.validation_step = 0
         self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
-        check_parts(parts, ("step", "callbacks", "seed"))
+        check_parts(parts, ("step", "callbacks", "seed", "num_samples"))
         self.parts = Parts(parts)
         self.history = History()
         self.ranks = Ranks()
-        self.stages = Stages(self.ranks)
+        self.stages = Stages(self.ranks, num_samples)
         self.current = CurrentStage()
         self.run: Run = NO_RUN
         self.listeners = Listeners(self)
-        self.update = Update(self.parts, self.listeners, self, self.ranks)
+        self.update = Update(self.parts, self.listeners, self, self.ranks, asks=num_samples is not None)
         self._division = Division(self.seed, self.ranks)
         self._batch_ready = self.listeners.channel(BatchReady)
         self._step_end = self.listeners.channel(StepEnd)

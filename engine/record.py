@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import tree_map
+from .batch import num_samples, tree_map
 from .errors import DataError, check_name
 from .meter import AverageMeter, Total, as_tensor, described, widest
 from .metric import ComputedMetric, FunctionMetric, Metric
@@ -22,9 +22,16 @@ class Record:
     Args:
         metrics: the stage's own metrics by name; they are updated by `measure`.
         ranks: over which averages and metrics are put together when they are computed.
+        num_samples: tells the weight of a batch.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric] | None = None, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric] | None = None,
+        ranks: Ranks | None = None,
+        num_samples: Callable[[Any], float | Tensor] = num_samples,
+    ) -> None:
+        self.num_samples = num_samples
         self._ranks = ranks or Ranks()
         self.meters: dict[str, AverageMeter] = {}
         self.computed: dict[str, ComputedMetric] = {}

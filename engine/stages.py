@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from .batch import num_samples
-from .errors import ConfigurationError, EngineStateError, check_name
+from .batch import num_samples, outline
+from .errors import ConfigurationError, DataError, EngineStateError, can_take, check_name
+from .meter import as_weight, described
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
 from .ranks import Ranks, Share
 from .record import Record
@@ -51,9 +52,11 @@ class CurrentStage:
         self.share: Share | None = None
         self.is_stand_in = False
 
-    def num_samples(self) -> int:
-        """Return the number of samples in the present batch; 0 for a stand-in."""
-        return 0 if self.is_stand_in else num_samples(self.batch)
+    def num_samples(self) -> float | Tensor:
+        """Return by how much the present batch counts, by default its number of samples; 0 for a stand-in."""
+        if self.is_stand_in:
+            return 0
+        return num_samples(self.batch) if self.record is None else self.record.num_samples(self.batch)
 
     def weigh(self, gradients: Tensor) -> None:
         """Multiply this rank's gradients, in place, by its share of the batch; without one they become 0.
@@ -77,11 +80,40 @@ def refuse_outside_a_stage() -> NoReturn:
     )
 
 
-class Stages:
-    """The records of the stages ("train", "val", "test"), and the metrics of which each has its own copy."""
+def checked_count(function: Callable[[Any], float | Tensor]) -> Callable[[Any], float | Tensor]:
+    """Return a function of the user's that counts a batch, with a check of what it returns."""
+    if not callable(function) or not can_take(function, 1):
+        raise ConfigurationError(
+            f"num_samples is {function!r}, which cannot be called with a batch. Write num_samples=lambda batch: ..."
+        )
 
-    def __init__(self, ranks: Ranks) -> None:
+    def count(batch: Any) -> float | Tensor:
+        counted = function(batch)
+        try:
+            return as_weight(counted)
+        except DataError as error:
+            raise DataError(
+                f"num_samples returned {described(counted)} for a batch that is {outline(batch)}. "
+                "Return a finite number of at least 0, or a tensor of one element."
+            ) from error
+
+    return count
+
+
+class Stages:
+    """The records of the stages ("train", "val", "test"), and the metrics of which each has its own copy.
+
+    Args:
+        ranks: over which averages and metrics are put together.
+        num_samples: a function of the user's that tells the weight of a batch; None counts the samples.
+
+    Raises:
+        ConfigurationError: if it cannot be called with a batch.
+    """
+
+    def __init__(self, ranks: Ranks, num_samples: Callable[[Any], float | Tensor] | None = None) -> None:
         self._ranks = ranks
+        self._counts = {} if num_samples is None else {"num_samples": checked_count(num_samples)}
         self.directions: dict[str, bool | None] = {}
         self._metrics: dict[str, Metric] = {}
         self._only_evaluated: set[str] = set()
@@ -119,7 +151,7 @@ class Stages:
     def __getitem__(self, stage: str) -> Record:
         """Return the stage's record, made on first request."""
         if stage not in self._records:
-            self._records[stage] = Record(self._measured(stage), self._ranks)
+            self._records[stage] = Record(self._measured(stage), self._ranks, **self._counts)
         return self._records[stage]
 
     def expected(self, *, has_validation: bool | None) -> list[str]:

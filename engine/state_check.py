@@ -136,7 +136,7 @@ def _is_window(window: object, *, is_open: bool) -> bool:
         return False
     batches, *samples = window
     are_counts = type(batches) is int and all(0 <= one < math.inf for one in window)
-    return are_counts and bool(batches) == is_open and (not is_open or min(samples) > 0)
+    return are_counts and bool(batches) == is_open and (not is_open or samples[1] > 0)
 
 
 def _fit(grads: Any, optimizer: torch.optim.Optimizer | None) -> bool:

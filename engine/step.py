@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .batch import call_model, num_samples, outline, prepare_batch, tree_map
+from .batch import call_model, outline, prepare_batch, tree_map
 from .dispatch import describe
 from .errors import ConfigurationError, DataError, can_take
 from .loss_check import check_loss
@@ -17,6 +17,7 @@ from .stages import refuse_outside_a_stage
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .record import Record
 
 StepOutput = Tensor | Mapping[str, Any] | None
 StepFunction = Callable[["Engine", Any], StepOutput]
@@ -85,26 +86,35 @@ class SupervisedStep:
         """Train on one batch."""
         output, target, loss = self._forward(engine, batch)
         current = engine.current
-        weight = 0 if current.is_stand_in else num_samples(batch)
+        record = current.record or refuse_outside_a_stage()
+        weight = 0 if current.is_stand_in else record.num_samples(batch)
         engine.update(loss, weight if current.share is None else None)
-        self._record(engine, output, target, loss, weight)
+        _record(record, output, target, loss, weight)
 
-    def train_in_parts(self, engine: Engine, parts: Sequence[Any], batch_size: int) -> None:
-        """Train on one batch that comes in parts, with the gradients and the averages of the whole batch."""
-        done: list[tuple[Any, Any, Tensor, int]] = []
-        for part in parts:
+    def train_in_parts(self, engine: Engine, parts: Sequence[Any]) -> None:
+        """Train on one batch that comes in parts, with the gradients and the averages of the whole batch.
+
+        Waits for the device if the engine's ``num_samples`` returns tensors.
+        """
+        record = engine.current.record or refuse_outside_a_stage()
+        counted = [record.num_samples(part) for part in parts]
+        weights = [one.item() if isinstance(one, Tensor) else one for one in counted]
+        if not any(weights):
+            parts, weights = parts[:1], weights[:1]
+        done: list[tuple[Any, Any, Tensor, float]] = []
+        for part, weight in zip(parts, weights, strict=True):
             output, target, loss = self._forward(engine, part)
-            weight = num_samples(part)
-            engine.update(loss, weight, batch_size=batch_size)
+            engine.update(loss, weight, batch_size=sum(weights))
             done.append((tree_map(Tensor.detach, output), target, loss.detach(), weight))
         for values in done:  # only after all of them succeeded
-            self._record(engine, *values)
+            _record(record, *values)
 
     def evaluate(self, engine: Engine, batch: Any, /) -> None:
         """Evaluate one batch."""
         output, target, loss = self._forward(engine, batch)
         check_loss(loss, engine.parts)
-        self._record(engine, output, target, loss, 0 if engine.current.is_stand_in else num_samples(batch))
+        record = engine.current.record or refuse_outside_a_stage()
+        _record(record, output, target, loss, 0 if engine.current.is_stand_in else record.num_samples(batch))
 
     def inputs(self, batch: Any, /) -> Any:
         """Return what ``prepare_batch`` takes for the inputs."""
@@ -149,13 +159,13 @@ class SupervisedStep:
             loss = loss.loss  # type: ignore[attr-defined]  # AdaptiveLogSoftmaxWithLoss: a named tuple
         return loss  # type: ignore[no-any-return]  # check_loss sees to it, here or in engine.update
 
-    def _record(self, engine: Engine, output: Any, target: Any, loss: Tensor, weight: int) -> None:
-        record = engine.current.record or refuse_outside_a_stage()
-        if weight:
-            record.accumulate("loss", loss, weight)
-        else:  # the loss of an empty batch is the mean of nothing, which is NaN
-            record.expect(("loss",))
-        record.measure(output, target, weight)
+
+def _record(record: Record, output: Any, target: Any, loss: Tensor, weight: float | Tensor) -> None:
+    if isinstance(weight, Tensor) or weight:
+        record.accumulate("loss", loss, weight)
+    else:  # the loss of an empty batch is the mean of nothing, which is NaN
+        record.expect(("loss",))
+    record.measure(output, target, weight)
 
 
 def _num_required(function: Loss) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .batch import prepare_batch
 from .callback import Callback, check_callbacks
@@ -31,6 +31,7 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     callbacks: Iterable[Callback] = (),
     seed: int | None = None,
     prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch,
+    num_samples: Callable[[Any], float | Tensor] | None = None,
     **parts: Any,
 ) -> Engine:
     """Return an `Engine` that trains a model on ``(inputs, target)`` batches.
@@ -48,6 +49,8 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
         callbacks: handlers, attached in this order.
         seed: seeds every generator when the first run begins.
         prepare_batch: splits a batch into ``(inputs, target)``; see `camshaft.engine.prepare_batch`.
+        num_samples: by how much a batch counts, where the loss is a mean over something else than samples, such as
+            tokens: ``num_samples=lambda batch: (batch["labels"] != -100).sum()``; see `Engine`.
         parts: further named objects of the run.
 
     Raises:
@@ -63,9 +66,11 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     _check_instance("model", model, nn.Module)
     _check_instance("optimizer", optimizer, torch.optim.Optimizer)
     _check_loss_fn(loss_fn)
-    check_parts(parts, ("metrics", "callbacks", "seed", "prepare_batch"))
+    check_parts(parts, ("metrics", "callbacks", "seed", "prepare_batch", "num_samples"))
     step = SupervisedStep(loss_fn, prepare_batch)
-    engine = Engine(step, seed=seed, model=model, optimizer=optimizer, loss_fn=loss_fn, **parts)
+    engine = Engine(
+        step, seed=seed, num_samples=num_samples, model=model, optimizer=optimizer, loss_fn=loss_fn, **parts
+    )
     _check_optimizer(optimizer, engine)
     engine.stages.declare("loss", higher_is_better=False)
     engine.stages.add_metrics(metrics or {})

@@ -64,9 +64,13 @@ class Update:
         listeners: who hears the events.
         progress: the engine's counters and what it is doing now.
         ranks: those that make each update together.
+        asks: whether the weight of a batch is something else than its number of samples, and is to be asked for.
     """
 
-    def __init__(self, parts: Parts, listeners: Listeners, progress: Progress, ranks: Ranks) -> None:
+    def __init__(
+        self, parts: Parts, listeners: Listeners, progress: Progress, ranks: Ranks, *, asks: bool = False
+    ) -> None:
+        self._asks = asks
         self._ranks = ranks
         self._parts = parts
         self._progress = progress
@@ -104,7 +108,7 @@ class Update:
     def __call__(
         self,
         loss: Tensor,
-        num_samples: float | None = None,
+        num_samples: float | Tensor | None = None,
         *,
         optimizer: str | None = None,
         batch_size: float | None = None,
@@ -113,8 +117,9 @@ class Update:
 
         Args:
             loss: one element, the mean over the batch.
-            num_samples: how many samples it is the mean of; taken from the batch by default. The mean of none is left
-                out, and `LossReady` not announced for it.
+            num_samples: how many samples it is the mean of, a number or a tensor of one element; taken from the batch
+                by default. The mean of none is left out, and `LossReady` not announced for it, if that is the number
+                0: a tensor is not looked into.
             optimizer: the name of the part that steps; by default the part ``optimizer``.
             batch_size: for a part of a batch, the number of samples of the whole batch; the last part completes it.
 
@@ -129,7 +134,10 @@ class Update:
         window = self._windows.get(optimizer or MAIN) or self._open(optimizer or MAIN)
         if optimizer is not None and optimizer != MAIN:
             self._several = True
-        if progress.step >= self._loss_ready.due and num_samples != 0:
+        if num_samples is None and self._asks and progress.current.share is None:
+            num_samples = progress.current.num_samples()
+        is_tensor = isinstance(num_samples, Tensor)
+        if progress.step >= self._loss_ready.due and (is_tensor or num_samples != 0):
             engine, stepping = self._engine, self._optimizer(window)
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
             check_loss(loss, self._parts)
@@ -138,10 +146,11 @@ class Update:
             num_samples, batch_size = self._on_all_ranks(progress.current, share, num_samples, batch_size), None
         if self._accumulates or batch_size is not None:
             num_samples = progress.current.num_samples() if num_samples is None else num_samples
-            whole = num_samples if batch_size is None else batch_size
-            factor, closes = window.add(num_samples, whole, self._size)
+            factor, closes = window.add(num_samples, batch_size, self._size)
             loss = loss * factor
-        if num_samples is None or num_samples != 0:  # the mean of no samples is NaN, and so would its gradients be
+        if (
+            is_tensor or num_samples is None or num_samples != 0
+        ):  # the mean of no samples is NaN, and so would its gradients be
             scaled = loss if window.scaler is None else window.scaler.scale(loss)
             if self._several:
                 self._differentiate(window, scaled)
@@ -152,17 +161,19 @@ class Update:
             self._apply(window)
 
     def _on_all_ranks(
-        self, stage: CurrentStage, share: Share, num_samples: float | None, batch_size: float | None
+        self, stage: CurrentStage, share: Share, num_samples: float | Tensor | None, batch_size: float | None
     ) -> float:
         """Return the number of samples of all ranks, and let this rank's gradients count by its share of them.
 
-        What a loss is the mean of, if it is stated, is summed over the ranks.
+        What a loss is the mean of, if it is stated, is summed over the ranks, which waits for the device.
         """
         if batch_size is not None:
             raise EngineStateError(
                 "engine.update was given a part of a batch (batch_size), which several ranks cannot take apart. "
                 "Leave batch_size out, and accumulate smaller batches."
             )
+        if num_samples is None and self._asks:
+            num_samples = stage.num_samples()
         if num_samples is None:
             self._check_share(stage, share)
             return share.whole
@@ -235,7 +246,7 @@ class Update:
         state: dict[str, Any] = {}
         for name, window in self._windows.items():
             state[name] = {
-                "window": [window.batches, window.samples, window.nominal],
+                "window": [window.batches, float(window.samples), float(window.nominal)],
                 "grads": [p.grad for p in parameters_of(self._optimizer(window))] if window.batches else None,
                 "scaler": None if window.scaler is None else window.scaler.state_dict(),
             }
@@ -286,9 +297,9 @@ class Update:
             )
         if scaler is not None:
             scaler.unscale_(optimizer)
-        if window.samples != window.nominal:
+        if isinstance(window.samples, Tensor) or window.samples != window.nominal:
             grads = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
-            torch._foreach_mul_(grads, window.nominal / window.samples)
+            torch._foreach_mul_(grads, window.correction())
         window.clear()
         window.num_made += 1
         progress.num_updates += 1

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from .meter import as_tensor, widest
 
 MAIN = "optimizer"  # the part that is meant where no optimizer is named
 
@@ -30,9 +33,9 @@ class Window:
         scaler: its loss scaler for float16, or None.
         num_made: how often its optimizer was due to step.
         has_gradients: whether anything was differentiated since then.
-        batches, samples: what is in the window.
+        batches, samples: what is in the window; samples are a tensor where their numbers are.
         part: samples of a batch that comes in parts, of which not all are there yet.
-        nominal: samples that the full window would have, judged by its first batch.
+        nominal: samples that the full window would have, judged by its first batch; 0 before that.
     """
 
     __slots__ = ("batches", "has_gradients", "name", "nominal", "num_made", "part", "samples", "scaler")
@@ -47,20 +50,53 @@ class Window:
     def clear(self) -> None:
         """Begin a new window."""
         self.batches = 0
-        self.part = self.samples = self.nominal = 0.0
-
-    def add(self, num_samples: float, batch_size: float, size: WindowSize) -> tuple[float, bool]:
-        """Add a batch, or a part of one; return the factor of its loss, and whether the window closes with it."""
-        share = 0.0
-        if num_samples:
-            if not self.samples:
-                self.nominal = size.samples or batch_size * size.batches
-            self.samples += num_samples
-            share = num_samples / self.nominal
-        self.part += num_samples
-        if self.part < batch_size:
-            return share, False
         self.part = 0.0
+        self.samples: float | Tensor = 0.0
+        self.nominal: float | Tensor = 0.0
+
+    def add(
+        self, num_samples: float | Tensor, batch_size: float | None, size: WindowSize
+    ) -> tuple[float | Tensor, bool]:
+        """Add a batch, or a part of one; return the factor of its loss, and whether the window closes with it.
+
+        Nothing waits for a number of samples that is a tensor, unless the size of the window or of the batch is a
+        number of samples, too: whether that is reached is decided on the host.
+
+        Args:
+            num_samples: of the batch, or of the part.
+            batch_size: of the whole batch, where this is a part of it.
+            size: of the window.
+        """
+        if isinstance(num_samples, Tensor):
+            device = num_samples.device
+            num_samples = num_samples.detach().to(widest(device))
+            if not isinstance(self.nominal, Tensor) and self.nominal:  # resumed; a float divides with another rounding
+                self.nominal = as_tensor(self.nominal, device)
+        factor: float | Tensor = 0.0
+        if isinstance(num_samples, Tensor) or num_samples:
+            if not isinstance(self.nominal, Tensor) and not self.nominal:
+                self.nominal = _nominal(num_samples if batch_size is None else batch_size, size)
+            self.samples = self.samples + num_samples
+            factor = num_samples / self.nominal
+        if batch_size is not None:
+            self.part += float(num_samples)
+            if self.part < batch_size:
+                return factor, False
+            self.part = 0.0
         self.batches += 1
-        is_full = self.batches >= size.batches if size.samples is None else self.samples >= size.samples
-        return share, is_full
+        is_full = self.batches >= size.batches if size.samples is None else float(self.samples) >= size.samples
+        return factor, is_full
+
+    def correction(self) -> float | Tensor:
+        """Return what the gradients are multiplied by, because the window holds more or less than is nominal."""
+        if isinstance(self.samples, Tensor):
+            return torch.where(self.samples == 0, 1.0, self.nominal / self.samples)  # of no samples, they are 0
+        return self.nominal / self.samples if self.samples else 1.0
+
+
+def _nominal(batch_size: float | Tensor, size: WindowSize) -> float | Tensor:
+    """Return the samples of a full window, judged by its first batch."""
+    if size.samples is not None:
+        return size.samples
+    nominal = batch_size * size.batches
+    return nominal.clamp(min=1) if isinstance(nominal, Tensor) else nominal

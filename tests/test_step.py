@@ -33,7 +33,6 @@ from camshaft.engine import (
     StepEnd,
     SupervisedStep,
     Trainer,
-    num_samples,
     prepare_batch,
 )
 
@@ -137,7 +136,7 @@ def test_a_batch_in_parts_trains_and_records_as_the_whole_batch() -> None:
         def train(self, engine: Engine, batch: Batch, /) -> None:
             parts = [(batch[0][:5], batch[1][:5]), (batch[0][5:], batch[1][5:])]
             assert isinstance(self.inner, SupervisedStep)
-            self.inner.train_in_parts(engine, parts, num_samples(batch))
+            self.inner.train_in_parts(engine, parts)
 
     parted.wrap_step(Parted)
     assert parted.fit(data, epochs=2)["train_loss"] == pytest.approx(whole.fit(data, epochs=2)["train_loss"])
