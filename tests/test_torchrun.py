@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,28 @@ raise SystemExit(history.exit_code)
 """
 
 
-class Launch:
-    """torchrun, running the script above on two ranks."""
+ONE_HOST = ("--standalone", "--nproc-per-node", "2")
 
-    def __init__(self, directory: Path, *options: str, pause: float = 0.0) -> None:
+
+class Launch:
+    """torchrun, running the script above on two ranks of this host, or on those that ``hosts`` say."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        pause: float = 0.0,
+        hosts: Sequence[str] = ONE_HOST,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
         (directory / "script.py").write_text(SCRIPT)
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+        command = [*prefix, sys.executable, "-m", "torch.distributed.run", *hosts, *options]
         self.process = subprocess.Popen(
-            [sys.executable, *command, str(directory / "script.py"), str(directory), str(pause)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [*command, str(directory / "script.py"), str(directory), str(pause)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -146,13 +158,10 @@ def test_a_signal_to_torchrun_leaves_a_checkpoint_of_one_step(
     assert_same(again.result(1), whole)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_torchrun_restarts_ranks_that_were_killed_and_nothing_shows_it(
-    seed: int, whole: dict[str, Any], tmp_path: Path
-) -> None:
-    """Three kills of random ranks at random moments; each attempt continues from the newest checkpoint."""
-    draw, launch = random.Random(seed), Launch(tmp_path / "run", "--max-restarts", "3", pause=0.02)
-    for _ in range(3):
+def test_torchrun_restarts_ranks_that_were_killed_and_nothing_shows_it(whole: dict[str, Any], tmp_path: Path) -> None:
+    """Six kills of random ranks at random moments; each attempt continues from the newest checkpoint."""
+    draw, launch = random.Random(0), Launch(tmp_path / "run", "--max-restarts", "6", pause=0.02)
+    for _ in range(6):
         rank = draw.randrange(2)
         launch.wait_for_step(rank, len(launch.lines(f"steps-{rank}")) + draw.randint(1, 6))
         time.sleep(draw.random() * 0.05)
@@ -170,3 +179,70 @@ def test_no_normal_end_is_an_abort(whole: dict[str, Any], tmp_path: Path) -> Non
         assert code == 0, printed
         assert "Warning" not in printed
         assert_same(launch.result(1), whole)
+
+
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+
+
+def run_ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them, each with a device named ``eth``: their names."""
+    names = [f"camshaft-{os.getpid()}-{number}" for number in range(2)]
+    try:
+        for name in names:
+            run_ip("netns", "add", name)
+        run_ip("link", "add", "eth", "netns", names[0], "type", "veth", "peer", "name", "eth", "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
+            run_ip("-n", name, "address", "add", f"{address}/24", "dev", "eth")
+            for device in ("eth", "lo"):
+                run_ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def can_make_hosts() -> bool:
+    try:
+        with two_hosts():
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def test_two_hosts_train_together_and_survive_a_kill(whole: dict[str, Any], tmp_path: Path) -> None:
+    """Each host starts torchrun with one rank; a rank is killed, and both continue from the newest checkpoint."""
+    if not can_make_hosts():
+        pytest.skip("network namespaces need root")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29477", "--rdzv-id", "two-hosts")
+    hosts = ("--nnodes", "2", "--nproc-per-node", "1", *meeting)
+    with two_hosts() as names:
+        launches = [
+            Launch(
+                tmp_path / "run",
+                "--max-restarts",
+                "3",
+                pause=0.05,
+                hosts=(*hosts, "--local-addr", address, "--rdzv-conf", f"is_host={int(address == ADDRESSES[0])}"),
+                prefix=("ip", "netns", "exec", name),
+                environment={"GLOO_SOCKET_IFNAME": "eth"},
+            )
+            for name, address in zip(names, ADDRESSES, strict=True)
+        ]
+        try:
+            launches[0].wait_for_step(1, 6)
+            launches[0].kill(1)
+            ends = [launch.end() for launch in launches]
+        finally:
+            for launch in launches:
+                launch.process.kill()
+        assert [code for code, _ in ends] == [0, 0], ends
+    steps = launches[0].lines("steps-1")
+    assert len(set(steps)) == 36  # of three epochs, and they were not begun again from the first one
+    assert len(steps) < 36 + 6
+    for rank in range(2):
+        assert_same(launches[0].result(rank), whole)
