@@ -135,21 +135,35 @@ class ComputedMetric:
         nothing, state = self.metric._state_dict_per_rank(), seen[0]
         self.metric._load_state_dict_per_rank({name: _nothing_as(nothing[name], state[name]) for name in state})
 
-    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the state of a metric that has seen what several have, in their order.
+    def continued(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state from which a metric goes on that has seen what several have, in their order.
 
         Raises:
-            CheckpointError: for an ignite metric that has seen something, which cannot be put together this way.
+            CheckpointError: if they have seen something, and this is an ignite metric, or one of torchmetrics that
+                only computes from the states of all ranks and cannot add to them.
         """
-        world, states = len(states), [state for state in states if state["updated"]] or states[:1]
+        seen = [state for state in states if state["updated"]]
+        if len(seen) > 1 and not (self.is_torchmetrics and self._adds_up()):
+            raise CheckpointError(
+                f"The metric {self.name!r} was saved in the middle of an epoch on {len(states)} ranks, and cannot go "
+                "on from what they have seen on another number. Resume on as many ranks."
+            )
+        return self.merged(states)
+
+    def _adds_up(self) -> bool:
+        """Return whether each state is a list, or says how those of several ranks become one."""
+        return all(
+            isinstance(default, list) or metric._reductions[name] is not None
+            for metric in self._torchmetrics()
+            for name, default in metric._defaults.items()
+        )
+
+    def merged(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state of a torchmetrics metric, to compute from, that has seen what several have."""
+        states = [state for state in states if state["updated"]] or states[:1]
         everywhere = [state["states"] for state in states]
         if len(states) == 1:
             return states[0]
-        if not self.is_torchmetrics:
-            raise CheckpointError(
-                f"The ignite metric {self.name!r} was saved in the middle of an epoch on {world} ranks, and "
-                "cannot be put together for another number. Resume on as many ranks."
-            )
         return {
             "updated": any(state["updated"] for state in states),
             "states": [

@@ -156,7 +156,9 @@ class Record:
         return {
             "earlier": _added([state["earlier"] for state in states]),
             "meters": _added([state["meters"] for state in states]),
-            "metrics": {name: metric.merged([one[name] for one in metrics]) for name, metric in self.computed.items()},
+            "metrics": {
+                name: metric.continued([one[name] for one in metrics]) for name, metric in self.computed.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:

@@ -22,6 +22,7 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MulticlassF1Score,
 )
+from torchmetrics.regression import PearsonCorrCoef
 
 from camshaft.callbacks import (
     Accumulate,
@@ -33,7 +34,7 @@ from camshaft.callbacks import (
     RunDirectory,
     StopOnNonFinite,
 )
-from camshaft.engine import Callback, Engine, EngineStateError, EpochEnd, StepEnd, Trainer, at, repeat
+from camshaft.engine import Callback, CheckpointError, Engine, EngineStateError, EpochEnd, StepEnd, Trainer, at, repeat
 
 Outcome = dict[str, Any]
 
@@ -225,6 +226,36 @@ def test_a_run_continues_on_another_number_of_ranks(metrics: bool, tmp_path: Pat
     assert all(step.pop() % 7 for step in steps), "each was cut in the middle of an epoch"
     for result in on_ranks(4, cut_run, tmp_path / "cut", None, metrics):
         assert_alike(result, alone)
+
+
+def cut_with(kind: str, directory: Path, last: int | None) -> str:
+    """Cut a run in mid-epoch, or resume it; return what is said against that."""
+    metric = Accuracy() if kind == "ignite" else PearsonOfClasses()
+    engine, _ = trained(RunCheckpoint(directory, every_steps=1), metrics={"metric": metric})
+    if last is not None:
+        engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(last))
+    try:
+        engine.fit(data(), epochs=2, resume="auto")
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+class PearsonOfClasses(PearsonCorrCoef):
+    """Of the target, and the class that is predicted: its states are not added up but computed from, all at once."""
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        super().update(output.argmax(1).double(), target.double())
+
+
+@pytest.mark.parametrize("kind", ["ignite", "torchmetrics"])
+def test_metrics_that_cannot_go_on_from_what_several_ranks_have_seen_are_refused(kind: str, tmp_path: Path) -> None:
+    """On as many ranks they continue."""
+    on_ranks(2, cut_with, kind, tmp_path, 3)
+    assert cut_with(kind, tmp_path, None).startswith(
+        "The metric 'metric' was saved in the middle of an epoch on 2 ranks, and cannot go on"
+    )
+    assert on_ranks(2, cut_with, kind, tmp_path, None) == ["", ""]
 
 
 # One rank alone ---------------------------------------------------------------------------------------------
