@@ -20,7 +20,11 @@ class EarlyStopping(Callback):
         mode: "max" or "min"; may be left out if the metric itself says which is better.
         patience: checks without improvement before the run stops; at least 1.
         min_delta: how much a value must gain to count as an improvement, in the value's own unit.
+        relative: take ``min_delta`` as a share of the best value so far: 0.01 is 1 % of it.
         on_nan: "count" takes NaN as no improvement, "stop" ends the run at the first.
+        threshold: stop as soon as a value is as good as this, whatever the patience.
+        divergence: stop as soon as a value is worse than this.
+        start: the number of first epochs in which nothing is checked, such as those of a warm-up.
 
     Raises:
         ConfigurationError: for settings that cannot work; before the first step if the value will not exist.
@@ -42,7 +46,11 @@ class EarlyStopping(Callback):
         patience: int = 5,
         *,
         min_delta: float = 0.0,
+        relative: bool = False,
         on_nan: Literal["count", "stop"] = "count",
+        threshold: float | None = None,
+        divergence: float | None = None,
+        start: int = 0,
     ) -> None:
         self.monitor = Monitor("EarlyStopping", monitor, mode)
         self.patience = whole_number("EarlyStopping's patience", patience, least=1)
@@ -50,7 +58,14 @@ class EarlyStopping(Callback):
             raise ConfigurationError(f'EarlyStopping has on_nan={on_nan!r}. Write "count" or "stop".')
         if not (is_number(min_delta) and min_delta >= 0):
             raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
+        for name, bound in (("threshold", threshold), ("divergence", divergence)):
+            if bound is not None and not is_number(bound):
+                raise ConfigurationError(f"EarlyStopping has {name}={bound!r}. Pass a finite number, or leave it out.")
         self.min_delta = min_delta
+        self.relative = relative
+        self.threshold = threshold
+        self.divergence = divergence
+        self.start = whole_number("EarlyStopping's start", start, least=0)
         self.on_nan = on_nan
         self.best = math.nan
         self.best_epoch = 0
@@ -73,18 +88,31 @@ class EarlyStopping(Callback):
             self._run_is_over = False
 
     def _check(self, engine: Engine, value: float) -> None:
-        name = self.monitor.name
+        name, better = self.monitor.name, self.monitor.better
         if math.isnan(value) and self.on_nan == "stop":
             engine.stop(f"EarlyStopping: {name} is NaN")
             return
-        bar = self.best - self.min_delta if self.monitor.mode == "min" else self.best + self.min_delta
-        if self.monitor.better(value, than=bar):
+        if engine.epoch - engine.run.first_epoch <= self.start:
+            return
+        exists = not math.isnan(value)
+        if exists and self.threshold is not None and not better(self.threshold, than=value):
+            engine.stop(f"EarlyStopping: {name} is {value:.6g}, as good as the threshold of {self.threshold:.6g}")
+            return
+        if exists and self.divergence is not None and better(self.divergence, than=value):
+            engine.stop(f"EarlyStopping: {name} is {value:.6g}, worse than {self.divergence:.6g}")
+            return
+        if better(value, than=self._bar()):
             self.best, self.best_epoch, self.num_checks_without_gain = value, engine.epoch, 0
             return
         self.num_checks_without_gain += 1
         if self.num_checks_without_gain >= self.patience:
             best = "NaN so far" if math.isnan(self.best) else f"best {self.best:.6g} at epoch {self.best_epoch}"
             engine.stop(f"EarlyStopping: {name} has not improved for {self.num_checks_without_gain} checks ({best})")
+
+    def _bar(self) -> float:
+        """Return what a value must be better than to be an improvement."""
+        gain = self.min_delta * abs(self.best) if self.relative else self.min_delta
+        return self.best - gain if self.monitor.mode == "min" else self.best + gain
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and the count."""

@@ -104,8 +104,11 @@ class Monitor:
                 )  # fmt: skip
 
     def _missing(self, known: list[str]) -> ConfigurationError:
-        names = [name for name in known if name.split("_")[0] == self.name.split("_")[0]] or known
+        stage, _, short = self.name.partition("_")
+        names = [name for name in known if name.startswith(f"{stage}_")]
+        guess = did_you_mean(short, [name.partition("_")[2] for name in names]).replace('"', f'"{stage}_', 1)
+        guess = guess or did_you_mean(self.name, () if names else known)  # the stage itself is misspelt
         return ConfigurationError(
-            f'{self.owner} watches "{self.name}", but the values are: {", ".join(names) or "none"}. '
-            f"{did_you_mean(self.name, names) or 'Watch one of those.'}".rstrip()
+            f'{self.owner} watches "{self.name}", but the values are: {", ".join(names or known) or "none"}. '
+            f"{guess.rstrip() or f'Watch one of those, or declare it: engine.stages.declare({short!r}).'}"
         )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 StepOutput = Tensor | Mapping[str, Any] | None
 StepFunction = Callable[["Engine", Any], StepOutput]
 Loss = Callable[..., Any]
+Terms = Mapping[str, Any]  # of a loss, by name
+_NO_TERMS: Terms = {}
 
 
 @runtime_checkable
@@ -74,7 +76,8 @@ class SupervisedStep:
     Model and loss are the parts ``model`` and ``loss_fn`` of the engine that runs it.
 
     Args:
-        loss_fn: a module or function that returns the mean loss over the batch.
+        loss_fn: a module or function that returns the mean loss over the batch; or a dict of means by name, of which
+            ``loss`` is differentiated, and all are recorded.
         prepare_batch: splits a batch into ``(inputs, target)``.
     """
 
@@ -84,12 +87,12 @@ class SupervisedStep:
 
     def train(self, engine: Engine, batch: Any, /) -> None:
         """Train on one batch."""
-        output, target, loss = self._forward(engine, batch)
+        output, target, loss, terms = self._forward(engine, batch)
         current = engine.current
         record = current.record or refuse_outside_a_stage()
         weight = 0 if current.is_stand_in else record.num_samples(batch)
         engine.update(loss, weight if current.share is None else None)
-        _record(record, output, target, loss, weight)
+        _record(record, output, target, loss, terms, weight)
 
     def train_in_parts(self, engine: Engine, parts: Sequence[Any]) -> None:
         """Train on one batch that comes in parts, with the gradients and the averages of the whole batch.
@@ -101,26 +104,27 @@ class SupervisedStep:
         weights = [one.item() if isinstance(one, Tensor) else one for one in counted]
         if not any(weights):
             parts, weights = parts[:1], weights[:1]
-        done: list[tuple[Any, Any, Tensor, float]] = []
+        done: list[tuple[Any, Any, Tensor, Terms, float]] = []
         for part, weight in zip(parts, weights, strict=True):
-            output, target, loss = self._forward(engine, part)
+            output, target, loss, terms = self._forward(engine, part)
             engine.update(loss, weight, batch_size=sum(weights))
-            done.append((tree_map(Tensor.detach, output), target, loss.detach(), weight))
+            detached = tree_map(Tensor.detach, (output, terms))
+            done.append((detached[0], target, loss.detach(), detached[1], weight))
         for values in done:  # only after all of them succeeded
             _record(record, *values)
 
     def evaluate(self, engine: Engine, batch: Any, /) -> None:
         """Evaluate one batch."""
-        output, target, loss = self._forward(engine, batch)
+        output, target, loss, terms = self._forward(engine, batch)
         check_loss(loss, engine.parts)
         record = engine.current.record or refuse_outside_a_stage()
-        _record(record, output, target, loss, 0 if engine.current.is_stand_in else record.num_samples(batch))
+        _record(record, output, target, loss, terms, 0 if engine.current.is_stand_in else record.num_samples(batch))
 
     def inputs(self, batch: Any, /) -> Any:
         """Return what ``prepare_batch`` takes for the inputs."""
         return self.prepare_batch(batch)[0]
 
-    def _forward(self, engine: Engine, batch: Any) -> tuple[Any, Any, Tensor]:
+    def _forward(self, engine: Engine, batch: Any) -> tuple[Any, Any, Tensor, Terms]:
         inputs, target = self.prepare_batch(batch)
         with engine.scope("forward"):
             try:
@@ -135,9 +139,11 @@ class SupervisedStep:
             loss = self._call_loss(engine.parts["loss_fn"], output, target)
         current = engine.current
         current.output, current.target = output, target
-        return output, target, loss
+        if isinstance(loss, Mapping):
+            return output, target, *_split_off_loss(loss, engine.parts["loss_fn"])
+        return output, target, loss, _NO_TERMS
 
-    def _call_loss(self, loss_fn: Loss, output: Any, target: Any) -> Tensor:
+    def _call_loss(self, loss_fn: Loss, output: Any, target: Any) -> Tensor | Mapping[str, Any]:
         arguments: tuple[Any, ...] = (output, target)
         if self._num_loss_arguments == 1:
             arguments = (output,)
@@ -160,7 +166,19 @@ class SupervisedStep:
         return loss  # type: ignore[no-any-return]  # check_loss sees to it, here or in engine.update
 
 
-def _record(record: Record, output: Any, target: Any, loss: Tensor, weight: float | Tensor) -> None:
+def _split_off_loss(values: Mapping[str, Any], loss_fn: Loss) -> tuple[Tensor, Terms]:
+    """Return what is differentiated, and what is recorded beside it."""
+    if "loss" not in values:
+        raise DataError(
+            f"The loss {_name(loss_fn)} returned the values {', '.join(map(str, values))}, and none is named loss. "
+            'Return the one that is differentiated, too: {"loss": total, ...}.'
+        )
+    return values["loss"], {name: value for name, value in values.items() if name != "loss"}
+
+
+def _record(record: Record, output: Any, target: Any, loss: Tensor, terms: Terms, weight: float | Tensor) -> None:
+    if terms:
+        record.add(terms, weight)
     if isinstance(weight, Tensor) or weight:
         record.accumulate("loss", loss, weight)
     else:  # the loss of an empty batch is the mean of nothing, which is NaN

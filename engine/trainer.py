@@ -38,12 +38,14 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
 
     The loss is called as ``loss_fn(output, target)``. If it needs more arguments, it gets the items of a tuple output
     first (``CosineEmbeddingLoss``: ``loss_fn(*output, target)``); if it needs one, it gets the output alone; if it
-    returns a named tuple with a field ``loss``, that field is taken.
+    returns a named tuple with a field ``loss``, that field is taken. If it returns a dict,
+    ``{"loss": total, "kl": kl, ...}``, ``loss`` is differentiated, and all of them are recorded (``train_kl``,
+    ``val_kl``); declare a name before you watch it: ``trainer.stages.declare("kl", higher_is_better=False)``.
 
     Args:
         model: called with the inputs: ``*inputs`` for a tuple, ``**inputs`` for a mapping.
         optimizer: over the model's parameters.
-        loss_fn: a module or function that returns the mean loss over the batch.
+        loss_fn: a module or function that returns the mean loss over the batch, or a dict of it and its terms.
         metrics: ``{"acc": metric}``; a function ``(output, target) -> mean over the batch``, a torchmetrics or an
             ignite metric. Each stage has its own copy. See `camshaft.callbacks.Metrics` for more.
         callbacks: handlers, attached in this order.

@@ -70,6 +70,53 @@ def test_a_gain_of_no_more_than_min_delta_does_not_count(min_delta: float, last_
     assert run_script(values, stopping).epoch == last_epoch
 
 
+@pytest.mark.parametrize(("min_delta", "last_epoch"), [(0.0, 6), (0.2, 6), (0.6, 4)])
+def test_a_relative_gain_is_measured_in_the_best_value(min_delta: float, last_epoch: int) -> None:
+    """Each value is a quarter less than the one before; the absolute gains get smaller and smaller."""
+    values = [0.75**power for power in range(6)]
+    stopping = EarlyStopping("val_score", "min", patience=3, min_delta=min_delta, relative=True)
+    assert run_script(values, stopping).epoch == last_epoch
+    up = EarlyStopping("val_score", "max", patience=3, min_delta=min_delta, relative=True)
+    assert run_script([-value for value in values], up).epoch == last_epoch
+
+
+def test_a_value_as_good_as_the_threshold_ends_the_run() -> None:
+    values = [3.0, 2.0, 1.0, 0.5, 0.25]
+    down = run_script(values, EarlyStopping("val_score", "min", threshold=1.0))
+    up = run_script([-value for value in values], EarlyStopping("val_score", "max", threshold=-1.0))
+    assert [down.epoch, up.epoch] == [3, 3]
+    assert down.history.reason == "EarlyStopping: val_score is 1, as good as the threshold of 1"
+
+
+def test_a_value_worse_than_the_divergence_ends_the_run_at_once() -> None:
+    values = [3.0, 4.0, 5.0, 5.5, 2.0]
+    down = run_script(values, EarlyStopping("val_score", "min", patience=9, divergence=5.0))
+    up = run_script([-value for value in values], EarlyStopping("val_score", "max", patience=9, divergence=-5.0))
+    assert [down.epoch, up.epoch] == [4, 4]
+    assert down.history.reason == "EarlyStopping: val_score is 5.5, worse than 5"
+
+
+def test_nan_is_neither_as_good_as_a_threshold_nor_worse_than_a_divergence() -> None:
+    """What it means is said by on_nan."""
+    assert run_script([NAN, NAN, 2.0], EarlyStopping("val_score", "min", threshold=1.0, divergence=5.0)).epoch == 3
+
+
+def test_nothing_is_checked_before_the_start() -> None:
+    """The values of the first epochs count neither as the best nor against the patience, nor for the bounds."""
+    values = [0.1, 9.0, 9.0, 3.0, 3.0, 3.0, 3.0]
+    stopping = EarlyStopping("val_score", "min", patience=2, start=3, threshold=0.5, divergence=8.0)
+    assert run_script(values, stopping).epoch == 6
+    assert (stopping.best, stopping.best_epoch) == (3.0, 4)
+
+
+@pytest.mark.parametrize("setting", [{"threshold": NAN}, {"divergence": "0.5"}, {"start": -1}, {"start": 1.5}])
+def test_bounds_and_starts_that_are_none_are_refused(setting: dict[str, Any]) -> None:
+    with refused(
+        ConfigurationError, f"EarlyStopping has {next(iter(setting))}=" if "start" not in setting else "start"
+    ):
+        EarlyStopping("val_score", "min", **setting)
+
+
 def test_each_validation_is_a_check_also_in_mid_epoch() -> None:
     """With validations every 2 steps and patience 2, a value that stays ends the run after the third, at step 6."""
     engine = Engine(lambda engine, batch: {"loss": 1.0}, callbacks=[EarlyStopping("val_loss", "min", patience=2)])

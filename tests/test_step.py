@@ -19,12 +19,13 @@ from helpers import (
     refused,
     regression,
 )
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from camshaft.callbacks import MicroBatch, StopOnNonFinite
+from camshaft.callbacks import EarlyStopping, MicroBatch, StopOnNonFinite
 from camshaft.engine import (
     NOTHING,
+    Callback,
     ConfigurationError,
     DataError,
     Engine,
@@ -289,3 +290,65 @@ def test_a_model_that_computes_its_loss_itself_is_told_how(loss_fn: Any, prepare
         regression(OwnLoss(2, 1), loss_fn=loss_fn, prepare_batch=prepare).fit(pairs(), epochs=1)
     good = regression(OwnLoss(2, 1), loss_fn=lambda out: out.loss, prepare_batch=lambda batch: (batch, None))
     assert good.fit(pairs(), epochs=1)["train_loss"][0] > 0
+
+
+class Terms(nn.Module):
+    """A loss of two terms."""
+
+    def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        ce, penalty = nn.functional.cross_entropy(output, target), output.square().mean()
+        return {"loss": ce + 0.1 * penalty, "ce": ce, "penalty": penalty}
+
+
+def with_terms(*callbacks: Callback, **options: Any) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    return Trainer(model, torch.optim.SGD(model.parameters(), 0.1), Terms(), callbacks=callbacks, **options)
+
+
+@pytest.mark.parametrize("callbacks", [[], [MicroBatch(num_parts=2)]], ids=["whole", "in parts"])
+def test_the_named_terms_of_a_loss_are_recorded_and_the_loss_is_differentiated(callbacks: list[Callback]) -> None:
+    data = class_batches(8, 4)
+    engine = with_terms(*callbacks)
+    engine.fit(data, data, epochs=2)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for epoch in range(2):
+        sums: dict[str, float] = {}
+        for inputs, target in data:
+            values = Terms()(model(inputs), target)
+            sums = {name: sums.get(name, 0.0) + float(value.detach()) * len(inputs) for name, value in values.items()}
+            optimizer.zero_grad()
+            values["loss"].backward()
+            optimizer.step()
+        row = engine.history.rows[epoch]
+        assert {name: row[f"train_{name}"] * 12 for name in sums} == pytest.approx(sums, rel=1e-6)
+        assert {"val_loss", "val_ce", "val_penalty"} < row.keys()
+    torch.testing.assert_close(engine.parts["model"].weight, model.weight)
+    assert engine.evaluate(data).keys() == {"loss", "ce", "penalty"}
+
+
+def test_terms_without_the_loss_are_refused_by_their_names() -> None:
+    model = nn.Linear(4, 3)
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), 0.1), lambda output, target: {"ce": output.mean(), "kl": 0.0}
+    )
+    with refused(DataError, "returned the values ce, kl, and none is named loss.", "Return the one"):
+        trainer.fit(class_batches(4), epochs=1)
+
+
+def test_a_term_with_the_name_of_a_metric_is_refused() -> None:
+    trainer = with_terms(metrics={"ce": nn.functional.cross_entropy})
+    with refused(DataError, 'A value named "ce" was recorded, which is a metric\'s.'):
+        trainer.fit(class_batches(4), epochs=1)
+
+
+def test_a_term_can_be_watched_when_it_is_declared_and_the_refusal_says_so() -> None:
+    with refused(
+        ConfigurationError, 'EarlyStopping watches "val_penalty"', "declare it: engine.stages.declare('penalty')."
+    ):
+        with_terms(EarlyStopping("val_penalty")).fit(class_batches(4), class_batches(4), epochs=1)
+    trainer = with_terms(EarlyStopping("val_ce", threshold=10.0))
+    trainer.stages.declare("ce", higher_is_better=False)
+    assert "val_ce is" in trainer.fit(class_batches(4), class_batches(4), epochs=3).reason
