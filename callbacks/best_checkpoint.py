@@ -123,7 +123,7 @@ class BestCheckpoint(Callback):
 
     def _prepare(self, event: FitStart) -> None:
         if self.directory is not None:
-            others = [c for c in event.engine.callbacks if isinstance(c, BestCheckpoint) and c is not self]
+            others = [c for c in event.engine.listeners.callbacks if isinstance(c, BestCheckpoint) and c is not self]
             if any(other.directory == self.directory for other in others):
                 raise ConfigurationError(
                     f"Two BestCheckpoints write {self.directory / 'best.pt'}. Pass each a directory of its own."

@@ -51,7 +51,7 @@ class Compile(Callback):
                 )
             if isinstance(getattr(modules[name], "_orig_mod", None), nn.Module):
                 raise ConfigurationError(f'"{name}" was compiled by torch.compile(model). Leave one of the two out.')
-            if any(isinstance(other, Compile) and name in other.parts for other in engine.callbacks):
+            if any(isinstance(other, Compile) and name in other.parts for other in engine.listeners.callbacks):
                 raise ConfigurationError(f'The engine has a Compile of "{name}" already. Attach one.')
         super().attach(engine)
         for name in self.parts:

@@ -128,9 +128,9 @@ class Distributed(Callback):
             if self.kind == "fsdp":
                 self._shards.make_real(engine)
             return
-        if engine.callbacks:
+        if earlier := engine.listeners.callbacks:
             raise ConfigurationError(
-                f"Distributed comes after {engine.callbacks[0]!r}, which knows nothing of the other ranks then. "
+                f"Distributed comes after {earlier[0]!r}, which knows nothing of the other ranks then. "
                 "Write it first: callbacks=[Distributed(), ...]."
             )
         if engine.seed is None:

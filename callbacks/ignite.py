@@ -122,13 +122,13 @@ class Ignite(Callback):
     def on_batch_ready(self, event: BatchReady) -> Any:
         """Fire GET_BATCH_COMPLETED and ITERATION_STARTED, where a handler may replace ``state.batch``."""
         engine = event.engine
-        if engine.stage == "train":  # a resumed run knows its place by its first batch only
+        if engine.current.name == "train":  # a resumed run knows its place by its first batch only
             side, step, place = (
                 self._train,
                 engine.step,
                 {"epoch": engine.epoch, "epoch_length": engine.run.epoch_length},
             )
-        elif engine.stage == "val":
+        elif engine.current.name == "val":
             side, step, place = self._val, engine.validation_step, {"epoch_length": engine.current.length}
         else:
             return None

@@ -88,9 +88,13 @@ class LearningRateFinder:
             (trainer.parts["model"], trainer.parts["optimizer"], trainer.parts["loss_fn"])
         )  # copied together, so that the optimizer holds the copy's parameters
         callbacks = [
-            *(_another(c) for c in trainer.callbacks if isinstance(c, Distributed) and trainer.ranks.several),
+            *(
+                _another(c)
+                for c in trainer.listeners.callbacks
+                if isinstance(c, Distributed) and trainer.ranks.several
+            ),
             Placement(trainer.parts.device),
-            *(MixedPrecision(c.precision) for c in trainer.callbacks if isinstance(c, MixedPrecision)),
+            *(MixedPrecision(c.precision) for c in trainer.listeners.callbacks if isinstance(c, MixedPrecision)),
         ]
         scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=step.prepare_batch,
                         seed=trainer.seed if trainer.ranks.several else None)  # fmt: skip

@@ -174,7 +174,7 @@ class RunDirectory(Callback):
             and self._is_main
             and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers)
         ):
-            has_bar = any(isinstance(callback, ProgressBar) for callback in engine.callbacks)
+            has_bar = any(isinstance(callback, ProgressBar) for callback in engine.listeners.callbacks)
             handlers.append(_TerminalHandler(skip_epochs=has_bar))
         own = partial(_is_of_thread, threading.get_ident())
         for handler in handlers:

@@ -245,7 +245,7 @@ class Engine:
         self.num_validations += 1
         step_end = self._validation_step_end
         step_end.rewind()  # its counter begins again at 1
-        with self._evaluating("val", data) as stage:
+        with self._evaluation("val", data) as stage:
             self.emit(ValidationStart(self))
             for batch in self._evaluation_batches("val", data):
                 yield batch
@@ -316,38 +316,101 @@ class Engine:
         Scalars are floats; any other metric (a confusion matrix) is a tensor on the CPU.
         """
         step = self._require_step()
-        with self._evaluating("test", data):
+        with self._evaluation("test", data):
             for batch in self._evaluation_batches("data", data):
                 self._record_output(step.evaluate(self, batch))
             return self.stages["test"].compute()
 
-    def predict(self, data: Data) -> Any:
-        """Return the outputs of the part ``model`` over ``data``, joined along the first dimension, on the CPU."""
-        step, outputs = self._require_step(), []
+    def predict(self, data: Data, *, output: Callable[[Any], Any] | None = None, join: bool = True) -> Any:
+        """Return the outputs of the part ``model`` over ``data``, on the CPU; on several ranks, each returns all.
+
+        Args:
+            data: an iterable of batches, or a function that returns one.
+            output: what to keep of each batch's output, such as ``lambda output: output.logits``.
+            join: join the outputs of all batches along their first dimension; otherwise, return a list of them.
+
+        Raises:
+            ConfigurationError: if there is no part ``model``, or ``output`` is not a function.
+            DataError: if there is no batch, or outputs cannot be joined.
+        """
+        outputs = []
+        for _, one in self._predictions(data, output):
+            outputs.append(None if self.current.is_stand_in else tree_map(Tensor.cpu, one))
+        if not self.ranks.several:
+            return concatenate(outputs) if join else outputs
+        in_parts = zip(*self.ranks.gather(outputs), strict=True)  # each batch, in the order of the ranks
+        batches = [concatenate([part for part in parts if part is not None]) for parts in in_parts]
+        return concatenate(batches) if join else batches
+
+    def predictions(self, data: Data, *, output: Callable[[Any], Any] | None = None) -> Iterator[tuple[Any, Any]]:
+        """Yield each batch and its output, one at a time, so that memory does not grow with the data.
+
+        An output stays on its device and is what the model returns, or what ``output`` makes of it. The loop's body
+        runs in eval mode and without gradients, as that of `validate`. On several ranks, each yields its part.
+
+        Args and errors are those of `predict`.
+
+        >>> engine = Engine(lambda engine, batch: None, model=torch.nn.Linear(2, 1))
+        >>> data = [(torch.ones(2, 2), ["first", "second"]), (torch.ones(1, 2), ["third"])]
+        >>> scores = {}
+        >>> for (_, names), output in engine.predictions(data):
+        ...     scores.update(zip(names, output.tolist()))
+        >>> list(scores)
+        ['first', 'second', 'third']
+        """
+        pairs = self._predictions(data, output)
+        return (pair for pair in pairs if not self.current.is_stand_in)
+
+    def _predictions(self, data: Data, output: Callable[[Any], Any] | None) -> Iterator[tuple[Any, Any]]:
+        step = self._require_step()
         if "model" not in self.parts:
             raise ConfigurationError("predict needs the part named model. Write Engine(step, model=model, ...).")
-        with self._evaluating("predict", data):
-            for batch in self._evaluation_batches("data", data):
-                with self.scope("forward"):
-                    output = call_model(self.parts["model"], step.inputs(batch))
-                outputs.append(None if self.current.is_stand_in else tree_map(Tensor.cpu, output))
-        batches = zip(*self.ranks.gather(outputs), strict=True)  # each in parts, in the order of the ranks
-        return concatenate([part for parts in batches for part in parts if part is not None])
+        if output is not None and not callable(output):
+            raise ConfigurationError(f"output is {output!r}, not a function. Write output=lambda output: ...")
+
+        def loop() -> Iterator[tuple[Any, Any]]:
+            with self._evaluation("predict", data):
+                for batch in self._evaluation_batches("data", data):
+                    with self.scope("forward"):
+                        made = call_model(self.parts["model"], step.inputs(batch))
+                    yield batch, made if output is None else output(made)
+
+        return loop()
 
     @contextmanager
-    def _evaluating(self, name: str, data: Data) -> Iterator[CurrentStage]:
-        """Eval mode, no gradients, preserved random numbers and a fresh record; all undone at the end."""
-        check_data("val" if name == "val" else "data", data)
-        outer, self.current = self.current, CurrentStage(name, self.stages[name], num_batches(data))
-        self.stages[name].reset()
-        outer_step, self.validation_step = self.validation_step, 0
-        generators = generator_states(data)
+    def evaluating(self) -> Iterator[None]:
+        """Put modules into eval mode, with the weights that evaluations use, without gradients, for a ``with`` block.
+
+        All is undone at the end: modes, weights, and random numbers, so that a handler that draws samples changes
+        nothing in the training. Nothing can be recorded within the block.
+
+        >>> model = torch.nn.Dropout()
+        >>> with Engine(model=model).evaluating():
+        ...     model.training
+        False
+        """
+        outer, self.current = self.current, CurrentStage()
         try:
             with preserve_rng(), torch.no_grad(), self.parts.preserve_modes():
                 for module in self.parts.modules().values():
                     module.eval()
                 with self.scope("evaluation"):
-                    yield self.current
+                    yield
+        finally:
+            self.current = outer
+
+    @contextmanager
+    def _evaluation(self, name: str, data: Data) -> Iterator[CurrentStage]:
+        """Be in a stage of evaluation, with a fresh record; all is undone at the end."""
+        check_data("val" if name == "val" else "data", data)
+        outer, stage = self.current, CurrentStage(name, self.stages[name], num_batches(data))
+        self.stages[name].reset()
+        outer_step, self.validation_step = self.validation_step, 0
+        generators = generator_states(data)
+        try:
+            with self.evaluating():
+                self.current = stage
+                yield stage
         finally:
             set_generator_states(data, generators)
             self.current = outer
@@ -619,11 +682,6 @@ class Engine:
         return 0 if self.run is NO_RUN else self.step - self.run.step_before_epoch
 
     @property
-    def stage(self) -> str:
-        """The name of the present stage: "train", "val", "test", "predict", or "" between them."""
-        return self.current.name
-
-    @property
     def training(self) -> bool:
         """Whether the present stage is training."""
         return self.current.name == "train"
@@ -639,14 +697,9 @@ class Engine:
         return self.current.output
 
     @property
-    def callbacks(self) -> list[Callback]:
-        """The attached callbacks, in order."""
-        return self.listeners.callbacks
-
-    @property
     def directory(self) -> Path | None:
         """Where handlers write their files; None without a `RunDirectory`."""
-        return next((one.run_directory for one in self.callbacks if one.run_directory is not None), None)
+        return next((one.run_directory for one in self.listeners.callbacks if one.run_directory is not None), None)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise EngineStateError(

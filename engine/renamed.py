@@ -7,6 +7,7 @@ from typing import NoReturn, TypeVar
 
 OF_ENGINE = {
     "around": "engine.listeners.around(scope, manager)",
+    "callbacks": "engine.listeners.callbacks",
     "checkpoints": "run_checkpoint.checkpoints, with the RunCheckpoint that you attached",
     "data_state": "engine.run.feed.state_dict(step)",
     "device": "engine.parts.device",
@@ -36,6 +37,7 @@ OF_ENGINE = {
     "planned": "engine.run.num_planned(unit) or engine.update.num_planned(run)",
     "prepare_batch": "engine.stepper.inputs(batch)",
     "resumes": "engine.run.is_resuming",
+    "stage": "engine.current.name",
     "step_before_epoch": "engine.run.step_before_epoch",
     "stop_reason": "engine.run.stop_reason",
     "train_in_parts": "engine.stepper.train_in_parts(engine, parts, batch_size)",

@@ -88,7 +88,7 @@ def run_state(engine: Engine, *, gathers: bool = True) -> dict[str, Any]:
         "history": engine.history.state_dict(),
         "callbacks": {
             name: callback.state_dict() if _is_here(engine, callback) else {}
-            for name, callback in named_callbacks(engine.callbacks).items()
+            for name, callback in named_callbacks(engine.listeners.callbacks).items()
         },
     }
     if gathers and engine.ranks.several:
@@ -108,14 +108,14 @@ def find_state(engine: Engine, resume: str | Path) -> Found | None:
     if not isinstance(resume, str | os.PathLike):
         raise ConfigurationError(f'resume is {resume!r}, which is not a path. Pass "auto" or a path of a checkpoint.')
     found = _found_by_main(
-        engine, lambda: _find_newest(engine.callbacks) if resume == "auto" else _find_at(Path(resume))
+        engine, lambda: _find_newest(engine.listeners.callbacks) if resume == "auto" else _find_at(Path(resume))
     )
     if found is not None:
         state, source = found
         _check_shape(state, source)
         _check_fit(engine, state, source, is_complete=False)
         saved = state["callbacks"]
-        for name, callback in named_callbacks(engine.callbacks).items():
+        for name, callback in named_callbacks(engine.listeners.callbacks).items():
             if name in saved and _is_here(engine, callback):
                 callback.before_resume(saved[name])
     return found
@@ -166,7 +166,7 @@ def load_state(engine: Engine, state: dict[str, Any], source: Path) -> dict[str,
             then all is as it was before.
     """
     _check_fit(engine, state, source, is_complete=True)
-    if problems := impossible_values(engine, state, named_callbacks(engine.callbacks)):
+    if problems := impossible_values(engine, state, named_callbacks(engine.listeners.callbacks)):
         raise _not_a_checkpoint(source, _first_of(problems))
     try:
         with ExitStack() as undo:
@@ -192,7 +192,7 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     for name in parts.keys() - modules.keys():
         _load_part(name, parts[name], state["parts"][name], undo)
-    callbacks, saved = named_callbacks(engine.callbacks), state["callbacks"]
+    callbacks, saved = named_callbacks(engine.listeners.callbacks), state["callbacks"]
     is_here = {name: _is_here(engine, callback) for name, callback in callbacks.items()}
     for name in [name for name in callbacks if name in saved and is_here[name]]:
         undo.callback(callbacks[name].load_state_dict, callbacks[name].state_dict())

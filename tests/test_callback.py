@@ -211,7 +211,7 @@ def test_a_callback_is_refused_by_a_second_engine() -> None:
     before = second.explain()
     with refused(ConfigurationError, "Diary() was attached to another engine before", "for each engine."):
         second.attach(callback)
-    assert (second.callbacks, second.explain()) == ([], before)
+    assert (second.listeners.callbacks, second.explain()) == ([], before)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +245,12 @@ def test_of_a_unique_class_an_engine_takes_only_one() -> None:
     engine = Engine(callbacks=[Only(), OnlyToo()])
     with refused(ConfigurationError, "The engine has a Only already.", "Attach only one."):
         engine.attach(Only())
-    assert len(engine.callbacks) == 2
+    assert len(engine.listeners.callbacks) == 2
 
 
 def test_of_another_class_an_engine_takes_several() -> None:
     engine = Engine(callbacks=[Diary(), Diary()])
-    assert len(engine.callbacks) == 2
+    assert len(engine.listeners.callbacks) == 2
 
 
 # Its state ------------------------------------------------------------------------------------------------

@@ -568,7 +568,7 @@ def test_the_batches_of_an_epoch_end_with_it() -> None:
         assert next(kept[0]) == 1
         assert engine.step == epoch
     assert [list(loop) for loop in kept] == [[], []]
-    assert (engine.step, engine.stage) == (2, "")
+    assert (engine.step, engine.current.name) == (2, "")
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -175,7 +175,7 @@ def fit(engine: Engine, **settings: Any) -> None:
 
 def fit_in_used_directory(engine: Engine) -> None:
     """Fit where an earlier run has written: one that makes checkpoints must be resumed there."""
-    fit(engine, resume="auto" if any(handler.checkpoints for handler in engine.callbacks) else None)
+    fit(engine, resume="auto" if any(handler.checkpoints for handler in engine.listeners.callbacks) else None)
 
 
 def count_ends(engine: Engine) -> list[str]:
@@ -284,7 +284,7 @@ def test_a_second_engine_is_refused(name: str, tmp_path: Path) -> None:
     second = trainer()
     before = second.explain()
     check_refused(second, handler)
-    assert second.callbacks == []
+    assert second.listeners.callbacks == []
     assert second.explain() == before
 
 
@@ -294,7 +294,7 @@ def test_the_same_engine_takes_a_handler_once(name: str, tmp_path: Path) -> None
     engine = trainer(handler)
     before = engine.explain()
     check_refused(engine, handler)
-    assert engine.callbacks == [handler]
+    assert engine.listeners.callbacks == [handler]
     assert engine.explain() == before
 
 

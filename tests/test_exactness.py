@@ -479,7 +479,7 @@ def result(engine: Engine) -> dict[str, Any]:
         "rows": engine.history.rows,
         "validations": engine.history.validations,
         "reason": engine.history.reason,
-        "handlers": [callback.state_dict() for callback in engine.callbacks],
+        "handlers": [callback.state_dict() for callback in engine.listeners.callbacks],
         "random numbers": rng_state(),
     }
 

@@ -166,7 +166,7 @@ def everything(trainer: Engine) -> Any:
     counters = [trainer.epoch, trainer.step, trainer.num_updates, trainer.num_skipped_updates, trainer.num_validations]
     parts = {name: trainer.parts[name].state_dict() for name in ("model", "optimizer", "scheduler")}
     grads = [parameter.grad for parameter in trainer.parts["model"].parameters()]
-    states = [callback.state_dict() for callback in trainer.callbacks]
+    states = [callback.state_dict() for callback in trainer.listeners.callbacks]
     return frozen([counters, parts, grads, states, trainer.history.rows, trainer.history.validations, rng_state()])
 
 
@@ -285,7 +285,7 @@ def test_whatever_a_handler_raises_at_its_state_all_that_was_loaded_is_put_back(
     with refused(CheckpointError, "does not hold what a checkpoint holds", repr(error), "nothing was loaded"):
         fit(trainer, resume="auto")
     assert odd.taken == 0
-    trainer.callbacks.remove(odd)
+    trainer.listeners.callbacks.remove(odd)
     assert everything(trainer) == before
 
 
@@ -295,7 +295,7 @@ def test_a_lack_of_memory_while_a_state_is_loaded_is_raised_as_it_is_and_the_nex
     trainer.attach(odd := Odd(MemoryError()))
     with pytest.raises(MemoryError):
         fit(trainer, resume="auto")
-    trainer.callbacks.remove(odd)
+    trainer.listeners.callbacks.remove(odd)
     assert everything(trainer) == before
     fit(trainer, resume="auto")
     assert trainer.epoch == 3

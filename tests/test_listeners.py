@@ -74,7 +74,7 @@ def test_callbacks_hear_in_the_order_in_which_they_were_attached() -> None:
     engine.attach(Marked("b", marks))
     engine.fit([1], epochs=1)
     assert marks == ["c", "a", "b"]
-    assert [callback.mark for callback in engine.callbacks if isinstance(callback, Marked)] == marks
+    assert [callback.mark for callback in engine.listeners.callbacks if isinstance(callback, Marked)] == marks
 
 
 def test_a_callback_that_is_attached_during_a_run_hears_the_rest_of_it() -> None:
@@ -98,7 +98,7 @@ def test_a_callback_whose_attachment_fails_is_not_among_those_of_the_engine() ->
     engine = Engine(idle)
     with refused(ConfigurationError, "Not this one."):
         engine.attach(Picky())
-    assert engine.callbacks == []
+    assert engine.listeners.callbacks == []
 
 
 def test_one_channel_serves_an_event_however_it_is_asked_for() -> None:

@@ -443,7 +443,7 @@ def test_the_end_of_a_step_whose_loop_was_left_is_still_training() -> None:
     """So that a handler of StepEnd can record."""
     seen: list[tuple[str, object]] = []
     engine = Engine()
-    engine.subscribe(StepEnd, lambda event: seen.append((engine.stage, engine.batch)))
+    engine.subscribe(StepEnd, lambda event: seen.append((engine.current.name, engine.batch)))
     engine.subscribe(StepEnd, lambda event: engine.record(value=1.0, weight=1))
     for _ in engine.epochs(1):
         for _ in engine.train(range(5)):

@@ -241,11 +241,11 @@ def test_settings_are_those_of_the_new_run_and_state_that_of_the_old(tmp_path: P
     first = build(tmp_path, "plain", None)
     run(first)
     second = build(tmp_path, "plain", None)
-    stopping = next(c for c in second.callbacks if isinstance(c, EarlyStopping))
+    stopping = next(c for c in second.listeners.callbacks if isinstance(c, EarlyStopping))
     stopping.patience = 20
     run(second, resume="auto")
     assert stopping.patience == 20
-    assert stopping.best == next(c for c in first.callbacks if isinstance(c, EarlyStopping)).best
+    assert stopping.best == next(c for c in first.listeners.callbacks if isinstance(c, EarlyStopping)).best
     assert math.isfinite(stopping.best)
 
 

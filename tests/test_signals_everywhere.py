@@ -316,7 +316,7 @@ class Attempt:
         }  # fmt: skip
 
     def _hear(self, event: Event) -> None:
-        self.heard.append(Moment(type(event).__name__, self.engine.epoch, self.engine.step, self.engine.stage))
+        self.heard.append(Moment(type(event).__name__, self.engine.epoch, self.engine.step, self.engine.current.name))
 
 
 @cache
