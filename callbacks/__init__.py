@@ -14,11 +14,13 @@ from .non_finite import StopOnNonFinite
 from .placement import Placement
 from .precision import MixedPrecision
 from .progress import ProgressBar
+from .ramp import Ramp
 from .regularization import FreezeUntil, Penalty
 from .report import Report
 from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
 from .schedule import Schedule
+from .stop_after import StopAfter
 from .tensorboard import TensorBoard
 from .warmup import warmup_cosine
 from .weight_average import WeightAverage
@@ -36,7 +38,9 @@ __all__ = [
     "Accumulate",
     "ClipGradients",
     "MicroBatch",
+    "StopAfter",
     "Schedule",
+    "Ramp",
     "warmup_cosine",
     "WeightAverage",
     "Penalty",

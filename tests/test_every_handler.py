@@ -37,10 +37,12 @@ from camshaft.callbacks import (
     Penalty,
     Placement,
     ProgressBar,
+    Ramp,
     Report,
     RunCheckpoint,
     RunDirectory,
     Schedule,
+    StopAfter,
     StopOnNonFinite,
     TensorBoard,
     WeightAverage,
@@ -95,7 +97,9 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Accumulate": lambda directory: Accumulate(batches=2),
     "ClipGradients": lambda directory: ClipGradients(norm=0.1),
     "MicroBatch": lambda directory: MicroBatch(2),
+    "StopAfter": lambda directory: StopAfter(hours=1),
     "Schedule": lambda directory: Schedule(warmup_cosine, per="update"),
+    "Ramp": lambda directory: Ramp("optimizer.weight_decay", lambda done, total: 0.1 * done / total),
     "WeightAverage": lambda directory: WeightAverage(decay=0.5),
     "Penalty": lambda directory: Penalty(l1=0.01, l2=0.1),
     "FreezeUntil": lambda directory: FreezeUntil(2, ["0.*"]),
@@ -109,12 +113,12 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Ignite", "RunDirectory", "Report",
+    "Ignite", "RunDirectory", "Report", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...
 CHANGES_TRAINING = {
-    "MixedPrecision", "Accumulate", "ClipGradients", "MicroBatch", "Schedule", "Penalty", "FreezeUntil",
+    "MixedPrecision", "Accumulate", "ClipGradients", "MicroBatch", "Schedule", "Ramp", "Penalty", "FreezeUntil",
 }  # fmt: skip
 # ... though of these nothing shows here: on the CPU, in one process, with a compiler that does nothing.
 CHANGES_NOTHING_HERE = {"Distributed", "Placement", "Compile"}
@@ -376,6 +380,7 @@ def outcome(engine: Engine, handler: Callback) -> dict[str, Any]:
     counters = ("epoch", "step", "num_updates", "num_validations")
     stateful = {name: part for name, part in engine.parts.items() if hasattr(part, "state_dict")}
     state = handler.state_dict()
+    state.pop("spent", None)  # seconds
     state.pop("name", None)  # of a run directory: the time at which the run began
     return {
         **{name: part.state_dict() for name, part in stateful.items()},

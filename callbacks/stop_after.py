@@ -1,0 +1,72 @@
+"""Stop when a run has used up its time."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, is_number
+
+
+class StopAfter(Callback):
+    """Ends the run after the step with which its time is over.
+
+    The time of a run counts from its start, also what the run that it resumes has spent; what lies between does not
+    count. A validation or a save that has begun is finished. Stopped in the middle of an epoch, a run ends as with
+    `Engine.stop`: the epoch is ended, and validated.
+
+    Args:
+        hours, minutes, seconds: how long; they are added up.
+
+    Raises:
+        ConfigurationError: unless that is a finite time above 0.
+
+    >>> StopAfter(hours=1, minutes=30)
+    StopAfter(seconds=5400)
+    """
+
+    main_only = True
+
+    def __init__(self, *, hours: float = 0.0, minutes: float = 0.0, seconds: float = 0.0) -> None:
+        for name, value in (("hours", hours), ("minutes", minutes), ("seconds", seconds)):
+            if not is_number(value) or value < 0:
+                raise ConfigurationError(f"StopAfter has {name}={value!r}. Pass a number of at least 0.")
+        self.limit = 3600 * hours + 60 * minutes + seconds
+        if not self.limit:
+            raise ConfigurationError("StopAfter was given no time. Write StopAfter(hours=2), or minutes, or seconds.")
+        self.spent = 0.0  # seconds up to the last step
+        self._began = 0.0  # by the clock, less what an earlier run has spent
+        self._may_stop = True
+
+    def on_fit_start(self, event: FitStart) -> None:
+        """Start the clock."""
+        self.spent = 0.0
+        self._began = time.monotonic()
+        self._may_stop = True
+
+    def on_step_end(self, event: StepEnd) -> None:
+        """Look at the clock."""
+        self.spent = time.monotonic() - self._began
+        if self.spent >= self.limit and self._may_stop:
+            self._stop(event.engine)
+
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Stop here at the latest, if ``min_epochs`` did not allow it before."""
+        if self.spent >= self.limit:
+            self._stop(event.engine)
+
+    def _stop(self, engine: Engine) -> None:
+        # Asked once in an epoch, because each refusal, for min_epochs, is a line in the log.
+        self._may_stop = engine.stop(f"StopAfter: {self.limit:g} s are over")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the time that was spent."""
+        return {"spent": self.spent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count the time that an earlier run has spent."""
+        self.spent = state["spent"]
+        self._began = time.monotonic() - self.spent
+
+    def __repr__(self) -> str:
+        return f"StopAfter(seconds={self.limit:g})"
