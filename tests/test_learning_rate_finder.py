@@ -33,14 +33,14 @@ def shuffled(**settings: Any) -> DataLoader[tuple[Tensor, ...]]:
 def everything(trainer: Engine) -> list[Any]:
     """What a run is made of, as bytes and plain values that compare."""
     optimizer = trainer.parts["optimizer"].state_dict()
-    counters = ("epoch", "step", "num_fits", "num_updates", "num_skipped_updates", "num_validations", "stage")
+    counters = ("epoch", "step", "num_fits", "num_updates", "num_skipped_updates", "num_validations")
     return [
         [value.numpy().tobytes() for value in trainer.parts["model"].state_dict().values()],
         [module.training for module in trainer.parts["model"].modules()],
         [parameter.grad is None for parameter in trainer.parts["model"].parameters()],
         [value.numpy().tobytes() for state in optimizer["state"].values() for value in state.values()],
         optimizer["param_groups"],
-        [getattr(trainer, name) for name in counters],
+        [trainer.current.name, *(getattr(trainer, name) for name in counters)],
         [list(trainer.history.rows), list(trainer.history.validations), trainer.history.reason],
         [
             torch.get_rng_state().tolist(),

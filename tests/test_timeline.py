@@ -119,7 +119,8 @@ def timeline(style: str, name: str) -> tuple[str, ...]:
 
 def line_of(event: Event) -> str:
     """The event with the counters at that moment; ``stage=-`` is between the stages."""
-    values = {name: str(getattr(event.engine, name)) or "-" for name in COUNTERS}
+    engine = event.engine
+    values = {name: str(engine.current.name or "-" if name == "stage" else getattr(engine, name)) for name in COUNTERS}
     counters = [f"{name}={values[name]:<{width}}" for name, width in COUNTERS.items()]
     reason = f"reason: {event.reason}" if isinstance(event, FitEnd) else ""
     return " ".join([f"{type(event).__name__:<17}", *counters, reason]).rstrip()

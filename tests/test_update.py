@@ -684,7 +684,8 @@ LOSSES: list[tuple[Callable[..., Any], str]] = [
     (nn.MSELoss(reduction="none"), "The loss has shape [4, 1], but it must be one number. Reduce it: loss.mean()."),
     (lambda output, target: nn.functional.mse_loss(output, target).item(), "of type float, which has no gradient"),
     (lambda output, target: None, "The loss is None, of type NoneType"),
-    (lambda output, target: {"loss": output.mean()}, "of type dict"),
+    (lambda output, target: {"mse": output.mean()}, "none is named loss"),
+    (lambda output, target: [output.mean()], "of type list"),
     (detached, "The loss does not depend on any trainable parameter (weight, bias ...)"),
     (lambda output: output.detach().mean(), "Look for .detach(), .item(), argmax or torch.no_grad()"),
 ]
