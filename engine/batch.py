@@ -6,13 +6,14 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .errors import DataError
+from .errors import CamshaftError, DataError
 
 TARGET_NAMES = ("target", "targets", "label", "labels", "y")
 
@@ -24,6 +25,7 @@ def prepare_batch(batch: Any) -> tuple[Any, Any]:
       torch's default collate, if all are tensors that share the first dimension of a target that is a tensor; any
       other list has one item per sample, as for detection, and stays one;
     * a single item, also as a tuple of one, is ``(inputs, None)``;
+    * a batch of graphs, as PyTorch Geometric makes it (it has ``num_graphs``), is the inputs, its ``y`` the target;
     * a dict, dataclass or longer named tuple has its target under one of ``target``, ``targets``, ``label``,
       ``labels`` or ``y``. What else it holds is the inputs: the value itself if there is one, else a dict.
 
@@ -42,6 +44,8 @@ def prepare_batch(batch: Any) -> tuple[Any, Any]:
         return (tuple(inputs) if isinstance(inputs, list) and _are_inputs(inputs, target) else inputs), target
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
+    if hasattr(batch, "num_graphs"):
+        return batch, getattr(batch, "y", None)
     fields = _fields(batch)
     if fields is not None:
         targets = [name for name in fields if name in TARGET_NAMES]
@@ -59,7 +63,7 @@ def num_samples(batch: Any) -> int:
     """Return the number of samples: the first dimension that all tensors of the batch share.
 
     Where the parts are lists, as detection loaders give, it is their length; of a `PackedSequence`, the number of
-    sequences.
+    sequences; of a batch of graphs, its ``num_graphs``.
 
     Raises:
         DataError: if tensors disagree or there are none; then the weight must be stated.
@@ -75,6 +79,8 @@ def num_samples(batch: Any) -> int:
                 break
         else:
             return size
+    if hasattr(batch, "num_graphs"):
+        return int(batch.num_graphs)
     if isinstance(batch, PackedSequence):
         batch = [batch]
     parts = list((_fields(batch) or {}).values()) or (batch if isinstance(batch, tuple | list) else [batch])
@@ -130,7 +136,7 @@ def cut(value: Any, start: int, stop: int, total: int) -> Any:
         total: the number of samples in the batch.
 
     Raises:
-        DataError: for a `PackedSequence`, which cannot be divided.
+        DataError: for a `PackedSequence` or a batch of graphs, which cannot be divided.
 
     >>> cut({"x": torch.arange(4), "names": ["a", "b", "c", "d"], "weight": 0.5}, 1, 3, 4)
     {'x': tensor([1, 2]), 'names': ['b', 'c'], 'weight': 0.5}
@@ -146,6 +152,8 @@ def cut(value: Any, start: int, stop: int, total: int) -> Any:
     def cut_object(item: Any) -> Any:
         if isinstance(item, PackedSequence):
             raise DataError("A PackedSequence cannot be divided. Let the model pack its padded input.")
+        if hasattr(item, "num_graphs"):
+            raise DataError("A batch of graphs cannot be divided. Pass a smaller batch_size to its loader.")
         return tree_map(cut_tensor, item)
 
     return tree_map(cut_tensor, value, for_objects=cut_object)
@@ -192,14 +200,35 @@ def first_tensor(value: Any) -> Tensor | None:
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """Return the model's output: called with ``*inputs`` for a tuple, ``**inputs`` for a mapping, else ``inputs``.
 
+    Raises:
+        DataError: if the model takes other arguments, or a layer of torch's refuses its input. An error in the lines
+            of the model itself says more where it is, and is raised as it is.
+
     >>> call_model(lambda left, right: left + right, (1, 2))
     3
     """
-    if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
-        return model(*inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(inputs)
+    try:
+        if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
+            return model(*inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(inputs)
+    except (TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError | CamshaftError) or not _is_raised_in_torch(error):
+            raise
+        name = getattr(model, "__name__", type(model).__name__)
+        raise DataError(
+            f"The model {name} could not take {outline(inputs)} ({str(error).rstrip('.')}). "
+            "Pass a function that returns what it takes: prepare_batch=lambda batch: (inputs, target)."
+        ) from error
+
+
+def _is_raised_in_torch(error: Exception) -> bool:
+    """Return whether an error comes out of a line of torch.nn: of a layer, or of the call of a module."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(nn.__file__).parent in Path(trace.tb_frame.f_code.co_filename).parents
 
 
 def concatenate(outputs: list[Any]) -> Any:
@@ -209,7 +238,7 @@ def concatenate(outputs: list[Any]) -> Any:
     torch.Size([3, 3])
     """
     first = outputs[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, Tensor) and first.ndim:
         return torch.cat(outputs)
     if isinstance(first, Mapping):
         return {key: concatenate([output[key] for output in outputs]) for key in first}
@@ -220,7 +249,7 @@ def concatenate(outputs: list[Any]) -> Any:
         return [item for output in outputs for item in output]
     raise DataError(
         f"The model returned {outline(first)}, which cannot be joined over batches. "
-        "Return a tensor, or a tuple, list or dict of tensors."
+        "Select what can: predict(data, output=lambda output: output.logits), or pass join=False."
     )
 
 

@@ -143,8 +143,10 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv"} < left
 
 
-@pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md"])
+@pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md", "docs/data.md"])
 def test_the_code_in_the_docs_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "docs/data.md":
+        pytest.importorskip("transformers.models.gpt2.modeling_gpt2", exc_type=ImportError)  # not with an older torch
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(page):
