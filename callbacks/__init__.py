@@ -7,6 +7,7 @@ from .early_stopping import EarlyStopping
 from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
 from .learning_rate_finder import LearningRateFinder
+from .log import Log
 from .metrics import Metrics
 from .micro_batch import MicroBatch
 from .monitor import Monitor
@@ -47,6 +48,7 @@ __all__ = [
     "FreezeUntil",
     "StopOnNonFinite",
     "LearningRateFinder",
+    "Log",
     "TensorBoard",
     "Ignite",
     "RunDirectory",

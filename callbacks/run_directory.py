@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import errno
 import importlib.metadata
-import io
 import json
 import logging
 import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -31,6 +28,7 @@ from camshaft.engine import (
     EpochEnd,
     FitEnd,
     FitStart,
+    Logged,
     ValidationEnd,
     ensure_writable,
     format_values,
@@ -42,6 +40,7 @@ from camshaft.engine import (
     write_durably,
 )
 
+from .csv_files import RowsFile, StepsFile
 from .progress import ProgressBar, epoch_line
 from .secrets import command_without_secrets, without_secrets
 
@@ -57,9 +56,10 @@ class RunDirectory(Callback):
     It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers; but not
     camshaft's lines of another fit in another thread), ``settings.json``, ``environment.json`` (versions, machine,
     command), ``handlers.txt`` (what runs, when and in which order) and ``history.csv``, with a row for each epoch;
-    with validations in mid-epoch also ``validations.csv``, with a row for each of them. During a fit the log goes to
-    the terminal as well, unless logging is set up already; the epochs' lines are left to a `ProgressBar` where there
-    is one. On several ranks, rank 0 makes the directory, and the others write only a log there: ``log.rank1.log`` ...
+    with validations in mid-epoch also ``validations.csv``, with a row for each of them, and with a `Log` also
+    ``steps.csv``. During a fit the log goes to the terminal as well, unless logging is set up already; the epochs'
+    lines are left to a `ProgressBar` where there is one. On several ranks, rank 0 makes the directory, and the others
+    write only a log there: ``log.rank1.log`` ...
 
     The value of a setting or an option with ``key``, ``token``, ``password`` or ``secret`` in its name is written as
     ``***``, unless it is a number of keys or tokens.
@@ -78,6 +78,7 @@ class RunDirectory(Callback):
     def __init__(self, root: str | Path = "runs", *, settings: object = None, terminal: bool = True) -> None:
         self.settings = _as_dict(settings)
         self.terminal = terminal
+        self._failing: set[Path] = set()  # files whose last writing failed
         self._is_main = launched_rank() == 0  # on several ranks, only rank 0 makes the directory
         self.run_directory: Path = _make_directory(Path(root)) if self._is_main else Path(root)
 
@@ -129,7 +130,8 @@ class RunDirectory(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Log the settings; write down what will run in which order."""
-        self._history, self._validations = _Table(self.path / "history.csv"), _Table(self.path / "validations.csv")
+        self._history, self._validations = RowsFile(self.path / "history.csv"), RowsFile(self.path / "validations.csv")
+        self._steps = StepsFile(self.path / "steps.csv")
         logger.info("Run directory: %s", self.path)
         logger.info("Settings: %s", json.dumps(without_secrets(self.settings), default=str))
         self._write("handlers.txt", event.engine.explain() + "\n")
@@ -139,29 +141,37 @@ class RunDirectory(Callback):
         validations = event.engine.history.validations
         if not event.engine.run.data_exhausted:
             epoch_logger.info("step %d  %s", event.engine.step, format_values(values_of(validations[-1])))
-            self._update(self._validations, validations)
+            self._try(self._validations.path, lambda: self._validations.update(validations))
+
+    def on_logged(self, event: Logged) -> None:
+        """Write the values of a training step."""
+        place = {"epoch": event.epoch, "step": event.at}
+        self._try(self._steps.path, lambda: self._steps.append({**place, **event.values, **place}))
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Log the epoch and write the history."""
         epoch_logger.info("%s", epoch_line(event))
-        self._update(self._history, event.engine.history.rows)
+        self._try(self._history.path, lambda: self._history.update(event.engine.history.rows))
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Log why the run ended."""
         epoch_logger.info("End of the run: %s", event.reason)
 
     def _write(self, name: str, text: str) -> None:
-        try:
-            write_durably(self.path / name, lambda file: file.write(text.encode()))
-        except OSError as error:
-            logger.warning("%s could not be written in %s: %s. Training continues.", name, self.path, error.strerror)
+        path = self.path / name
+        self._try(path, lambda: write_durably(path, lambda file: file.write(text.encode())))
 
-    def _update(self, table: _Table, rows: list[dict[str, float]]) -> None:
+    def _try(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file; a failure is told at the first of several."""
         try:
-            table.update(rows)
+            write()
         except OSError as error:
-            logger.warning("%s could not be written in %s: %s. Training continues.",
-                           table.path.name, self.path, error.strerror)  # fmt: skip
+            if path not in self._failing:
+                logger.warning("%s could not be written in %s: %s. Training continues.",
+                               path.name, path.parent, error.strerror)  # fmt: skip
+            self._failing.add(path)
+        else:
+            self._failing.discard(path)
 
     @contextmanager
     def _logging(self, engine: Engine) -> Iterator[None]:
@@ -195,52 +205,6 @@ class RunDirectory(Callback):
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
-
-
-class _Table:
-    """A CSV file to which new rows are appended, so that an epoch costs the same however many came before it.
-
-    The first rows of a run replace the file, because a resumed run may begin before the last rows of the earlier one;
-    so do rows with a new column, or after a failure.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._columns: list[str] = []
-        self._num_rows: int | None = None  # None: the file is still to be written as a whole
-
-    def update(self, rows: list[dict[str, float]]) -> None:
-        """Write those of the rows that are not in the file yet.
-
-        Raises:
-            OSError: if that fails; the next call writes the whole file.
-        """
-        written, self._num_rows = self._num_rows, None
-        if written is None or any(row.keys() - self._columns for row in rows[written:]):
-            self._columns = list(dict.fromkeys(column for row in rows for column in row))
-            text = _as_csv(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
-            write_durably(self.path, lambda file: file.write(text.encode()))
-        else:
-            _append(self.path, _as_csv(self._columns, rows[written:]).encode())
-        self._num_rows = len(rows)
-
-
-def _append(path: Path, content: bytes) -> None:
-    """Append all of the content, or nothing."""
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def _as_csv(columns: list[str], rows: Sequence[Mapping[str, object]]) -> str:
-    text = io.StringIO()
-    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _is_of_thread(thread: int, record: logging.LogRecord) -> bool:
@@ -279,13 +243,20 @@ class _LogFile(logging.FileHandler):
     """A log file that reports its first failure and is otherwise silent about failures."""
 
     reported = False
+    is_closed = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not self.reported:
             self.reported = True
             print(f"{self.baseFilename} could not be written: {sys.exc_info()[1]}.", file=sys.stderr)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; not one of another thread that comes after the end, for which logging would open it again."""
+        if not self.is_closed:
+            super().emit(record)
+
     def close(self) -> None:
+        self.is_closed = True
         with contextlib.suppress(OSError):
             super().close()
 

@@ -7,12 +7,22 @@ import logging
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from camshaft.engine import Callback, Engine, EpochEnd, FitStart, ValidationEnd, directory_for, scalars, values_of
+from camshaft.engine import (
+    Callback,
+    Engine,
+    EpochEnd,
+    FitStart,
+    Logged,
+    ValidationEnd,
+    directory_for,
+    scalars,
+    values_of,
+)
 
 logger = logging.getLogger("camshaft")
 
@@ -22,6 +32,8 @@ class TensorBoard(Callback):
 
     If validations are made in mid-epoch, the training values are those of the steps between them, beginning anew with
     each epoch; those of the steps after the last validation of an epoch are only in the history.
+
+    The values that a `Log` announces are curves under ``step/``, such as ``step/loss``.
 
     A resumed run lets TensorBoard drop what the directory has from the resumed step on, also curves that others wrote,
     and writes its own values of that step again, so that each step is there once.
@@ -43,6 +55,8 @@ class TensorBoard(Callback):
         self._engine: Engine | None = None
         self._num_written = [0, 0]  # rows of the history's validations, and of its epochs
         self._resumed_step: int | None = None  # what TensorBoard is still to drop its values from
+        self._logged: tuple[int, dict[str, float]] = (0, {})  # the newest step that a Log has announced
+        self._may_repeat_up_to = 0  # a Log of a resumed run may announce values up to this step again
 
     def attach(self, engine: Engine) -> None:
         """Open the event file for the length of each fit."""
@@ -55,16 +69,30 @@ class TensorBoard(Callback):
         engine = event.engine
         self._num_written = [len(engine.history.validations), len(engine.history.rows)]
         self._resumed_step = engine.step if engine.run.is_resuming else None
+        self._logged = (0, {})
+        self._may_repeat_up_to = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step that a resumed run begins after."""
+        """Return the step that a resumed run begins after, and what a `Log` has announced last."""
+        state: dict[str, Any] = {"logged": list(self._logged)}
         if self._resumed_step is not None:  # nothing was written since
-            return {"step": self._resumed_step}
-        return {"step": self._engine.step} if self._engine is not None else {}
+            return {"step": self._resumed_step, **state}
+        return {"step": self._engine.step, **state} if self._engine is not None else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the step."""
-        self._resumed_step = state.get("step", 0)
+        """Take them back."""
+        step, values = state.get("logged", (0, {}))
+        self._logged = (step, values)
+        self._resumed_step = self._may_repeat_up_to = state.get("step", 0)
+
+    def on_logged(self, event: Logged) -> None:
+        """Write the values of a training step."""
+        if event.at <= self._may_repeat_up_to:  # on its way when the run was saved, and perhaps written since
+            self._resumed_step = event.at
+        self._may_repeat_up_to = 0
+        values = dict(event.values)
+        self._write_guarded(event.engine, lambda: self._add_logged(event.at, values))
+        self._logged = (event.at, values)
 
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Write the validation's values, and in mid-epoch those of the training before it, see `History`."""
@@ -76,16 +104,22 @@ class TensorBoard(Callback):
 
     def _update(self, engine: Engine) -> None:
         """Write the rows of the history that are not written yet."""
+        self._write_guarded(engine, lambda: self._add_rows(engine))
+
+    def _add_rows(self, engine: Engine) -> None:
+        history = engine.history
+        for row in history.validations[self._num_written[0] :]:
+            self._add(values_of(row), int(row["step"]))
+        for row in history.rows[self._num_written[1] :]:
+            self._add(_only_of_epoch(row, history.validations), int(row["step"]))
+        self._num_written = [len(history.validations), len(history.rows)]
+
+    def _write_guarded(self, engine: Engine, write: Callable[[], None]) -> None:
         if self._writer is None:
             return
         try:
             self._drop_what_is_repeated(engine)
-            history = engine.history
-            for row in history.validations[self._num_written[0] :]:
-                self._add(values_of(row), int(row["step"]))
-            for row in history.rows[self._num_written[1] :]:
-                self._add(_only_of_epoch(row, history.validations), int(row["step"]))
-            self._num_written = [len(history.validations), len(history.rows)]
+            write()
             self._writer.flush()  # on the disk at once
         except Exception as error:
             logger.warning("TensorBoard stops writing: %r. Training continues.", error)
@@ -102,6 +136,11 @@ class TensorBoard(Callback):
             self._write(step=step, session_log=SessionLog(status=SessionLog.START))
         tables = engine.history.validations, engine.history.rows
         self._num_written = [sum(row["step"] < step for row in rows) for rows in tables]
+        if self._logged[0] >= step:
+            self._add_logged(*self._logged)
+
+    def _add_logged(self, step: int, values: Mapping[str, float]) -> None:
+        self._add({f"step/{name}": value for name, value in values.items()}, step)
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
         from tensorboardX.summary import scalar

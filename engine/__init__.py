@@ -3,6 +3,7 @@
 The first names are for everybody; those after `CheckpointError` are for authors of handlers, see docs/handlers.md.
 """
 
+from .arriving import Arriving
 from .batch import call_model, cut, first_tensor, move, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
 from .checkpoint import PART_DIGESTS, CheckpointDirectory, check_plain, write_part
@@ -30,6 +31,7 @@ from .events import (
     FitEnd,
     FitStart,
     GradientsReady,
+    Logged,
     LossReady,
     RunFailed,
     Settled,
@@ -91,6 +93,7 @@ __all__ = [
     "GradientsReady",
     "UpdateEnd",
     "StepEnd",
+    "Logged",
     "ValidationStart",
     "ValidationStepEnd",
     "ValidationEnd",
@@ -148,6 +151,7 @@ __all__ = [
     "take_apart",
     "as_metrics",
     "scalars",
+    "Arriving",
     "format_values",
     "values_of",
     "STAGES",

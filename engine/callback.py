@@ -34,6 +34,7 @@ class Callback:
                         loss.backward()
                         [on_gradients_ready, optimizer.step(), on_update_end, optimizer.zero_grad()]
                 on_step_end
+                [on_logged]                 a Log has the values of a step
                 [validation, if it is due in the middle of the epoch]
                 on_settled                  the run can be saved now
             [validation:
@@ -134,6 +135,9 @@ class Callback:
 
         def on_step_end(self, event: events.StepEnd) -> None:
             """Hear that a training step is done."""
+
+        def on_logged(self, event: events.Logged) -> None:
+            """Hear the values of a training step."""
 
         def on_validation_start(self, event: events.ValidationStart) -> None:
             """Hear that a validation begins."""

@@ -146,7 +146,11 @@ class Channel(Generic[E]):
         return self._called
 
     def _settle_due(self) -> None:
-        self.due = min((subscription.due for subscription in self.subscriptions), default=NEVER)
+        due = NEVER
+        for subscription in self.subscriptions:  # rather than min() of a generator, which is a call for each
+            if subscription.due < due:
+                due = subscription.due
+        self.due = due
 
     def _add_note(self, error: Exception, subscription: Subscription[E] | None, count: int) -> None:
         if subscription is not None:

@@ -10,6 +10,7 @@ what repeats::
           GradientsReady          the true gradients, once per optimizer update
           UpdateEnd               the optimizer has stepped (not fired if the scaler skipped it)
         StepEnd
+        Logged                    only if a `Log` is attached, and then every few steps
         ValidationStart           here when validate_every counts steps
           BatchReady *
           ValidationStepEnd
@@ -113,6 +114,19 @@ class StepEnd(Event):
 
     batch: Any
     output: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Logged(Event):
+    """The values of some training step are on the host; a `Log` announces it, for whoever writes or draws them.
+
+    ``at`` is the step that the values belong to, in epoch ``epoch``. On an accelerator that is an earlier one than the
+    present step.
+    """
+
+    epoch: int
+    at: int
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

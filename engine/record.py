@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arriving import Arriving
 from .batch import num_samples, tree_map
 from .errors import DataError, check_name
 from .meter import AverageMeter, Total, as_tensor, described, widest
@@ -36,7 +37,7 @@ class Record:
         self.meters: dict[str, AverageMeter] = {}
         self.computed: dict[str, ComputedMetric] = {}
         self.functions: dict[str, FunctionMetric] = {}
-        self._arriving: _Arriving | None = None
+        self._arriving: Arriving[tuple[str, str]] | None = None
         self._arrived: dict[str, float] = {}
         self._earlier: dict[str, Total] = {}  # sums and counts up to the last mark
         for name, metric in (metrics or {}).items():
@@ -179,11 +180,36 @@ class Record:
         whose copy is done.
         """
         if self._arriving is None:
-            self._arriving = _Arriving({name: self._total(name) for name in self.meters})
-        if self._arriving.done():
-            self._arrived = self._arriving.averages()
+            self._arriving = Arriving(_flat({name: self._total(name) for name in self.meters}))
+        if self._arriving.is_done():
+            self._arrived = averages_of(self._arriving.values())
             self._arriving = None
         return self._arrived
+
+    def send(self) -> Arriving[tuple[str, str]]:
+        """Begin to bring all sums and counts, those of all ranks together, to the host, and the newest values.
+
+        Returned under ``(name, "sum")``, ``(name, "count")`` and ``(name, "newest")``. Every rank must ask for it at
+        the same step; on an accelerator nothing waits for the device.
+        """
+        totals = {name: self._total(name) for name in self.meters}
+        if self._ranks.several:
+            names = sorted(totals)
+            added = self._ranks.sum(_packed([value for name in names for value in totals[name]]))
+            totals = {name: (added[2 * at], added[2 * at + 1]) for at, name in enumerate(names)}
+        newest = {(name, "newest"): meter.val for name, meter in self.meters.items()}
+        return Arriving({**_flat(totals), **newest})
+
+
+def averages_of(values: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Return the averages of sums and counts that have arrived; without those to which nothing was added."""
+    names = [name for name, what in values if what == "sum"]
+    return {name: values[name, "sum"] / values[name, "count"] for name in names if values[name, "count"]}
+
+
+def _flat(totals: Mapping[str, Total]) -> dict[tuple[str, str], float | Tensor]:
+    sums = {(name, "sum"): total for name, (total, _) in totals.items()}
+    return {**sums, **{(name, "count"): count for name, (_, count) in totals.items()}}
 
 
 def _added(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,30 +252,6 @@ def _packed(values: list[float | Tensor]) -> Tensor:
     tensors = [as_tensor(value, device).reshape(()).to(widest(device)) for value in values]
     length = max(256, 1 << (len(tensors) - 1).bit_length())
     return torch.stack(tensors + [torch.zeros_like(tensors[0])] * (length - len(tensors)))
-
-
-class _Arriving:
-    """Averages on their way to the host."""
-
-    def __init__(self, totals: Mapping[str, Total]) -> None:
-        self._totals = {name: (_sent(total), _sent(count)) for name, (total, count) in totals.items()}
-        sums = [total for total, _ in totals.values()]  # a count is on the device only where its sum is
-        self._event = torch.cuda.Event() if any(isinstance(one, Tensor) and one.is_cuda for one in sums) else None
-        if self._event is not None:
-            self._event.record()
-
-    def done(self) -> bool:
-        return self._event is None or bool(self._event.query())
-
-    def averages(self) -> dict[str, float]:
-        return {name: float(total) / float(count) for name, (total, count) in self._totals.items() if count}
-
-
-def _sent(value: float | Tensor) -> float | Tensor:
-    """Return where a value will be on the host, without waiting for it."""
-    if not isinstance(value, Tensor) or not value.is_cuda:
-        return value
-    return torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
 
 
 def _averages(totals: Mapping[str, Total], values: Mapping[str, Any] | None = None) -> dict[str, Any]:

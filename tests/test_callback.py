@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, assert_type
 
@@ -18,7 +18,7 @@ from helpers import class_batches, documented_events, make_trainer, refused
 from torch import Tensor
 
 import camshaft.engine
-from camshaft.callbacks import BestCheckpoint, EarlyStopping, RunCheckpoint
+from camshaft.callbacks import BestCheckpoint, EarlyStopping, Log, RunCheckpoint
 from camshaft.engine import (
     BatchReady,
     Callback,
@@ -31,6 +31,7 @@ from camshaft.engine import (
     FitStart,
     GradientsReady,
     HandlerError,
+    Logged,
     LossReady,
     RunFailed,
     Settled,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     assert_type(heard(Callback.on_gradients_ready), GradientsReady)
     assert_type(heard(Callback.on_update_end), UpdateEnd)
     assert_type(heard(Callback.on_step_end), StepEnd)
+    assert_type(heard(Callback.on_logged), Logged)
     assert_type(heard(Callback.on_validation_start), ValidationStart)
     assert_type(heard(Callback.on_validation_step_end), ValidationStepEnd)
     assert_type(heard(Callback.on_validation_end), ValidationEnd)
@@ -117,6 +119,10 @@ class Diary(Callback):
         self.note("on_step_end", event, StepEnd)
         assert_type(event.engine, Engine)
 
+    def on_logged(self, event: Logged) -> None:
+        self.note("on_logged", event, Logged)
+        assert_type(event.values, Mapping[str, float])
+
     def on_validation_start(self, event: ValidationStart) -> None:
         self.note("on_validation_start", event, ValidationStart)
 
@@ -144,7 +150,7 @@ class Diary(Callback):
 def failed_run() -> Diary:
     """The diary of a run of one step and one validation batch, that fails when all of it is done."""
     diary = Diary()
-    trainer = make_trainer(diary)
+    trainer = make_trainer(diary, Log(every=1))
 
     def fail(event: Settled) -> None:
         if "on_epoch_end" in diary.hooks:

@@ -31,6 +31,7 @@ from camshaft.callbacks import (
     EarlyStopping,
     FreezeUntil,
     Ignite,
+    Log,
     Metrics,
     MicroBatch,
     MixedPrecision,
@@ -55,6 +56,7 @@ from camshaft.engine import (
     Engine,
     FitEnd,
     FitStart,
+    Logged,
     RunFailed,
     Settled,
     StepEnd,
@@ -84,6 +86,19 @@ def make_ignite(directory: Path) -> Ignite:
     return bridge
 
 
+def make_log(directory: Path) -> Log:
+    """A log that somebody hears: it is refused where nobody does."""
+    log = Log(2, gradients=True)
+    attach = log.attach
+
+    def attach_with_a_listener(engine: Engine) -> None:
+        attach(engine)
+        engine.subscribe(Logged, lambda event: None)
+
+    log.attach = attach_with_a_listener  # type: ignore[method-assign]
+    return log
+
+
 MAKE: dict[str, Callable[[Path], Callback]] = {
     "Distributed": lambda directory: Distributed(),
     "Placement": lambda directory: Placement("cpu"),
@@ -104,6 +119,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Penalty": lambda directory: Penalty(l1=0.01, l2=0.1),
     "FreezeUntil": lambda directory: FreezeUntil(2, ["0.*"]),
     "StopOnNonFinite": lambda directory: StopOnNonFinite("raise"),
+    "Log": make_log,
     "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
     "Ignite": make_ignite,
     "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
@@ -113,7 +129,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Ignite", "RunDirectory", "Report", "StopAfter",
+    "Log", "Ignite", "RunDirectory", "Report", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...

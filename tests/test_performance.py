@@ -29,6 +29,7 @@ from camshaft.callbacks import (
     EarlyStopping,
     FreezeUntil,
     Ignite,
+    Log,
     Metrics,
     MixedPrecision,
     Penalty,
@@ -50,7 +51,7 @@ OURS = tuple(str(Path(str(package.__file__)).parent) for package in (camshaft.en
 # Calls of functions of ours per step. Raise a ceiling only for something that is worth its cost to everybody.
 IDLE_STEP = 2  # Engine.train and the step function
 EVERYTHING_ON_STEP = 23
-EVERY_HANDLER_STEP = 94
+EVERY_HANDLER_STEP = 85
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +163,7 @@ def trainer_with_every_handler(folder: Path, device: str = "cpu") -> Engine:
         ClipGradients(norm=1.0),
         Schedule(lambda optimizer: warmup_cosine(optimizer, warmup=10, total=10_000), per="update"),
         WeightAverage("ema", decay=0.9),
+        Log(every=1000, gradients=True),
         TensorBoard(folder / "tensorboard"),
         RunCheckpoint(folder / "checkpoints"),
         Ignite(),

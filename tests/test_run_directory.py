@@ -678,3 +678,19 @@ def test_two_runs_in_two_threads_have_a_log_each(tmp_path: Path) -> None:
         assert f"train_value {other}" not in log
         assert log.count("Run directory:") == log.count("End of the run") == 1
         assert f"value is {mine[:3]}" in log
+
+
+def test_a_line_of_another_thread_after_the_end_does_not_open_the_log_again(tmp_path: Path) -> None:
+    """It may have been on its way to the log when the run ended."""
+    kept: list[logging.Handler] = []
+    run = RunDirectory(tmp_path, terminal=False)
+    engine = Engine(lambda engine, batch: None, callbacks=[run])
+    engine.subscribe(FitStart, lambda event: kept.extend(logging.getLogger().handlers))
+    engine.fit([torch.zeros(1)], epochs=1)
+    before = (run.path / "log.log").read_text()
+    late = logging.LogRecord("late", logging.INFO, __file__, 1, "too late", (), None)
+    (log_file,) = [one for one in kept if getattr(one, "baseFilename", None) == str(run.path / "log.log")]
+    log_file.handle(late)
+    assert isinstance(log_file, logging.FileHandler)
+    assert log_file.stream is None
+    assert (run.path / "log.log").read_text() == before

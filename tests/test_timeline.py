@@ -18,7 +18,7 @@ from helpers import Batch, check_golden, class_batches, documented_events, linea
 from torch import Tensor, nn
 
 import camshaft.engine
-from camshaft.callbacks import Accumulate
+from camshaft.callbacks import Accumulate, Log
 from camshaft.engine import Engine, Event, FitEnd, StepEnd, Trainer, ValidationStepEnd, at
 
 
@@ -29,12 +29,14 @@ class Case:
     Args:
         validate_every: how many steps there are between validations; None validates at the end of each epoch.
         window: batches per update.
+        log_every: how many steps there are between the rows of a `Log`; None for no such.
         signal_at: the event in which a SIGTERM comes, and at which count of that event's counter.
         bad_batch: the training batch for which the step raises.
     """
 
     validate_every: int | None = None
     window: int = 1
+    log_every: int | None = None
     signal_at: tuple[type[Event], int] | None = None
     bad_batch: int | None = None
 
@@ -43,6 +45,7 @@ CASES = {
     "validation_by_epochs": Case(),
     "validation_by_steps": Case(validate_every=2),
     "accumulation": Case(window=2),
+    "log": Case(log_every=2),
     "signal_in_training": Case(window=2, signal_at=(StepEnd, 8)),
     "signal_in_validation": Case(validate_every=2, signal_at=(ValidationStepEnd, 1)),
     "failure": Case(bad_batch=3),
@@ -109,6 +112,8 @@ def timeline(style: str, name: str) -> tuple[str, ...]:
     engine = make_engine(style, case)
     for event_name in documented_events():
         engine.subscribe(getattr(camshaft.engine, event_name), lambda event: lines.append(line_of(event)))
+    if case.log_every is not None:  # after those that listen: what it announces comes within a StepEnd
+        engine.attach(Log(every=case.log_every))
     if case.signal_at is not None:
         event_type, count = case.signal_at
         engine.subscribe(event_type, lambda event: os.kill(os.getpid(), signal.SIGTERM), at(count))

@@ -1,0 +1,108 @@
+"""CSV files that grow with a run."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from camshaft.engine import write_durably
+
+
+class RowsFile:
+    """A CSV file to which new rows are appended, so that an epoch costs the same however many came before it.
+
+    The first rows of a run replace the file, because a resumed run may begin before the last rows of the earlier one;
+    so do rows with a new column, or after a failure.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: list[str] = []
+        self._num_rows: int | None = None  # None: the file is still to be written as a whole
+
+    def update(self, rows: list[dict[str, float]]) -> None:
+        """Write those of the rows that are not in the file yet.
+
+        Raises:
+            OSError: if that fails; the next call writes the whole file.
+        """
+        written, self._num_rows = self._num_rows, None
+        if written is None or any(row.keys() - self._columns for row in rows[written:]):
+            self._columns = list(dict.fromkeys(column for row in rows for column in row))
+            text = _as_csv(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
+            write_durably(self.path, lambda file: file.write(text.encode()))
+        else:
+            _append(self.path, _as_csv(self._columns, rows[written:]).encode())
+        self._num_rows = len(rows)
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all of the content, or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _as_csv(columns: list[str], rows: Sequence[Mapping[str, object]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+class StepsFile:
+    """A CSV file of the values of steps, in the order of the steps; only what it has is kept, not the rows.
+
+    The first row of a run drops what an earlier run, that was killed and is resumed, has written from that step on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: list[str] | None = None  # None: the file has not been looked at since the run began
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row, whose first two columns are ``epoch`` and ``step``.
+
+        Raises:
+            OSError: if that fails; the next row looks at the file anew.
+        """
+        columns, self._columns = self._columns, None
+        if columns is None:
+            columns = self._columns_before(int(row["step"]))
+        if new := [name for name in row if name not in columns]:
+            columns = columns + new
+            self._write_with(columns)
+        _append(self.path, _as_csv(columns, [row]).encode())
+        self._columns = columns
+
+    def _columns_before(self, step: int) -> list[str]:
+        """Cut the file before the first row of ``step`` or a later one, or a broken one; return its columns."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "r+b") as file:
+            columns = next(csv.reader([file.readline().decode()]), [])
+            end = file.tell()
+            for line in file:
+                number = line.split(b",", 2)[1:2]
+                if not line.endswith(b"\n") or not number or not number[0].isdigit() or int(number[0]) >= step:
+                    break
+                end += len(line)
+            file.truncate(end)
+        return columns
+
+    def _write_with(self, columns: list[str]) -> None:
+        """Write the file anew, with more columns."""
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with open(self.path, encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+        text = _as_csv(columns, [dict(zip(columns, columns, strict=True)), *rows])
+        write_durably(self.path, lambda file: file.write(text.encode()))

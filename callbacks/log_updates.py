@@ -1,0 +1,133 @@
+"""The size of gradients and of updates, at the steps that a `Log` announces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from camshaft.engine import (
+    ConfigurationError,
+    Engine,
+    GradientsReady,
+    Selection,
+    UpdateEnd,
+    made_whole,
+    parameters_of,
+    select_parameters,
+)
+
+
+class UpdateMeter:
+    """Measures the last updates before every ``every``-th step; the values stay on the device.
+
+    Args:
+        engine: whose updates.
+        every: steps from row to row.
+        each: the parameters of the part ``model`` whose own gradient norms are measured, too.
+
+    Raises:
+        ConfigurationError: if they cannot be found.
+    """
+
+    def __init__(self, engine: Engine, every: int, each: Selection) -> None:
+        self._engine = engine
+        self._each = _selected(engine, each)
+        self._measured: dict[str, Tensor] = {}
+        self._weights: list[Tensor] = []  # as they were before the present update
+        engine.subscribe(GradientsReady, self._look_at_gradients, when=_JustBefore(engine, every))
+        engine.subscribe(UpdateEnd, self._look_at_update, when=_JustBefore(engine, every))
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the values of the newest update, and forget them."""
+        measured, self._measured, self._weights = self._measured, {}, []
+        return measured
+
+    def _look_at_gradients(self, event: GradientsReady) -> None:
+        held = {id(one): one.grad for one in parameters_of(event.optimizer) if one.grad is not None}
+        if not held:
+            return
+        self._measured[name_after("grad_norm", self._engine, event.optimizer)] = _norm(list(held.values()))
+        for name, parameter in self._each.items():
+            if id(parameter) in held:
+                self._measured[f"grad_norm/{name}"] = _norm([held[id(parameter)]])
+        self._weights = [one.detach().clone() for one in _learning(event.optimizer)]
+
+    def _look_at_update(self, event: UpdateEnd) -> None:
+        before, self._weights = self._weights, []
+        after = [one.detach() for one in _learning(event.optimizer)]
+        if before and len(before) == len(after):  # not if a handler has taken gradients away in between
+            changes = [one - other for one, other in zip(after, before, strict=True)]
+            name = name_after("update_ratio", self._engine, event.optimizer)
+            self._measured[name] = _norm(changes) / _norm(before)
+
+
+class _JustBefore:
+    """A filter over updates: those after which there may be no other before the next row.
+
+    An update is made at least once in a window, so it is enough to look at those of the last window.
+    """
+
+    def __init__(self, engine: Engine, every: int) -> None:
+        self._engine = engine
+        self._every = every
+
+    def __call__(self, count: int, /) -> bool:
+        return self._steps_to_wait() <= 0
+
+    def next_due(self, count: int, /) -> int:
+        return count + max(1, self._steps_to_wait() // (2 * self._window()))  # half of the way, as some may be skipped
+
+    def _steps_to_wait(self) -> int:
+        return -self._engine.step % self._every - self._window() + 1
+
+    def _window(self) -> int:
+        size = self._engine.update.window_size
+        return self._every if size.samples is not None else size.batches
+
+    def __repr__(self) -> str:
+        return f"before every {self._every}. step"
+
+
+def name_after(name: str, engine: Engine, optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of an optimizer's value, which has the name of its part where there are several.
+
+    >>> model = torch.nn.Linear(1, 1)
+    >>> engine = Engine(optimizer=torch.optim.SGD(model.parameters()))
+    >>> name_after("lr", engine, engine.parts["optimizer"])
+    'lr'
+    """
+    optimizers = engine.parts.optimizers()
+    if len(optimizers) == 1:
+        return name
+    return next((f"{name}_{part}" for part, one in optimizers.items() if one is optimizer), name)
+
+
+def _selected(engine: Engine, which: Selection) -> dict[str, nn.Parameter]:
+    if which == ():
+        return {}
+    model = engine.parts.get("model")
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            "Log's gradients name parameters, but there is no part named model. Write Engine(step, model=model, ...)."
+        )
+    return select_parameters(model, which)
+
+
+def _learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all of them as one vector, in single precision or better; made whole if ranks hold parts."""
+    norms = [torch.linalg.vector_norm(_dense(one)) for one in tensors]
+    whole: Tensor = made_whole(torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms])))
+    return whole
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
