@@ -37,6 +37,7 @@ from camshaft.engine import (
     FitEnd,
     FitStart,
     GradientsReady,
+    Logged,
     LossReady,
     RunFailed,
     Settled,
@@ -51,7 +52,7 @@ from camshaft.engine import (
 )
 
 ALL_EVENTS: list[type[Event]] = [
-    FitStart, EpochStart, BatchReady, LossReady, GradientsReady, UpdateEnd, StepEnd, ValidationStart,
+    FitStart, EpochStart, BatchReady, LossReady, GradientsReady, UpdateEnd, StepEnd, Logged, ValidationStart,
     ValidationStepEnd, ValidationEnd, EpochEnd, Settled, RunFailed, FitEnd,
 ]  # fmt: skip
 
