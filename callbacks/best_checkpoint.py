@@ -7,6 +7,7 @@ import hashlib
 import logging
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from camshaft.engine import (
     FitEnd,
     FitStart,
     Ranks,
+    average_name,
     ensure_writable,
     has_shards,
     is_plain_name,
@@ -69,6 +71,8 @@ class BestCheckpoint(Callback):
             weights are kept in memory only.
         top_k: how many to keep; at least 1.
         restore: load the best weights into the model when the run ends.
+        parts: the parts whose weights are kept, such as ``["generator"]``. The weights of several are one dict of
+            their state dicts, by part.
 
     Raises:
         ConfigurationError: for settings that cannot work; before the first step if the value will not exist or
@@ -83,7 +87,11 @@ class BestCheckpoint(Callback):
         *,
         top_k: int = 1,
         restore: bool = False,
+        parts: Sequence[str] = ("model",),
     ) -> None:
+        if isinstance(parts, str) or not parts:
+            raise ConfigurationError(f'BestCheckpoint has parts={parts!r}. Write a list of names: parts=["model"].')
+        self.parts = tuple(parts)
         self.monitor = Monitor("BestCheckpoint", monitor, mode)
         self.top_k = whole_number("BestCheckpoint's top_k", top_k, least=1)
         self.restore = restore
@@ -105,11 +113,8 @@ class BestCheckpoint(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Watch the value."""
-        if "model" not in engine.parts.modules():
-            raise ConfigurationError(
-                "BestCheckpoint needs the model, but the engine has no part named model. "
-                "Write Engine(step, model=model, ...)."
-            )
+        for name in self.parts:
+            engine.parts.module(name, "BestCheckpoint")
         super().attach(engine)
         self._ranks = engine.ranks
         self.monitor.attach(engine, self._check)
@@ -141,7 +146,9 @@ class BestCheckpoint(Callback):
             best = self.kept[0]
             logger.info("Best %s %.6g at epoch %d, step %d%s", self.monitor.name, best.value, best.epoch, best.step,
                         f"  {self.path}" if self.path else "")  # fmt: skip
-            if self.restore and not has_shards(event.engine.parts["model"].parameters()):
+            if self.restore and not has_shards(
+                p for name in self.parts for p in event.engine.parts[name].parameters()
+            ):
                 self._ranks.on_main(lambda: self._load_into(event.engine, self.weights()))
                 self._send(event.engine)
             elif self.restore and not self._ranks.is_broken:
@@ -149,13 +156,16 @@ class BestCheckpoint(Callback):
 
     def _load_into(self, engine: Engine, weights: dict[str, Any]) -> None:
         source = str(self.path or "The best checkpoint")
-        load_weights(engine.parts["model"], weights, source)
-        if (average := engine.parts.get("weight_average")) is not None:
-            load_weights(average.module, weights, source)  # or evaluations would use a later average
+        by_part = weights if len(self.parts) > 1 else {self.parts[0]: weights}
+        for name in self.parts:
+            load_weights(engine.parts[name], by_part[name], source)
+            if (average := engine.parts.get(average_name(name))) is not None:
+                load_weights(average.module, by_part[name], source)  # or evaluations would use a later average
 
     def _send(self, engine: Engine) -> None:
         """Let the other ranks have what rank 0 has loaded, unless one of them has failed."""
-        modules = [module for name, module in engine.parts.modules().items() if name in ("model", "weight_average")]
+        names = [one for name in self.parts for one in (name, average_name(name))]
+        modules = [module for name, module in engine.parts.modules().items() if name in names]
         if not self._ranks.is_broken:
             self._ranks.copy_from_main([t for module in modules for t in (*module.parameters(), *module.buffers())])
 
@@ -191,8 +201,7 @@ class BestCheckpoint(Callback):
         directory = self.directory
         if directory is None:
             if place == 0:
-                weights = copy.deepcopy(unwrap(engine.parts["model"]).state_dict())
-                self._in_memory = made_whole(weights) if has_shards(weights.values()) else weights
+                self._in_memory = made_whole(copy.deepcopy(self._weights_of(engine)))
         else:
             files = self._files(engine, directory, name, is_best=place == 0)
             digest = self._ranks.on_main(lambda: self._save(directory, files))
@@ -205,7 +214,7 @@ class BestCheckpoint(Callback):
 
     def _files(self, engine: Engine, directory: Path, name: str, *, is_best: bool) -> dict[Path, Any]:
         """Return what to write; what several ranks hold in parts comes together on rank 0."""
-        weights = unwrap(engine.parts["model"]).state_dict()
+        weights = self._weights_of(engine)
         files: dict[Path, Any] = {directory / "best.pt": weights} if is_best else {}
         if self.top_k > 1:
             files[directory / name] = weights
@@ -214,6 +223,11 @@ class BestCheckpoint(Callback):
             state = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else None
             files[directory / "best.optimizer.pt"] = state
         return {path: made_whole(value, is_kept=self._ranks.is_main) for path, value in files.items()}
+
+    def _weights_of(self, engine: Engine) -> dict[str, Any]:
+        """Return the state dict of the one part, or those of several by part."""
+        weights = {name: unwrap(engine.parts[name]).state_dict() for name in self.parts}
+        return weights if len(self.parts) > 1 else weights[self.parts[0]]
 
     def _save(self, directory: Path, files: dict[Path, Any]) -> str:
         """Write the files and return the first one's digest; "" if that failed."""
@@ -281,7 +295,8 @@ class BestCheckpoint(Callback):
         return _holds(own, best.digest) and bool(self._write_best(directory, torch.load(own, weights_only=True)))
 
     def __repr__(self) -> str:
-        return f"BestCheckpoint({self.monitor.name!r}, mode={self.monitor.mode!r}, top_k={self.top_k})"
+        parts = "" if self.parts == ("model",) else f", parts={list(self.parts)}"
+        return f"BestCheckpoint({self.monitor.name!r}, mode={self.monitor.mode!r}, top_k={self.top_k}{parts})"
 
 
 def _check(kept: Kept) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from camshaft.engine import (
-    ConfigurationError,
     Engine,
     GradientsReady,
     Selection,
@@ -33,7 +32,7 @@ class UpdateMeter:
 
     def __init__(self, engine: Engine, every: int, each: Selection) -> None:
         self._engine = engine
-        self._each = _selected(engine, each)
+        self._each = select_parameters(engine.parts.module("model", "Log"), each) if each != () else {}
         self._measured: dict[str, Tensor] = {}
         self._weights: list[Tensor] = []  # as they were before the present update
         engine.subscribe(GradientsReady, self._look_at_gradients, when=_JustBefore(engine, every))
@@ -102,17 +101,6 @@ def name_after(name: str, engine: Engine, optimizer: torch.optim.Optimizer) -> s
     if len(optimizers) == 1:
         return name
     return next((f"{name}_{part}" for part, one in optimizers.items() if one is optimizer), name)
-
-
-def _selected(engine: Engine, which: Selection) -> dict[str, nn.Parameter]:
-    if which == ():
-        return {}
-    model = engine.parts.get("model")
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(
-            "Log's gradients name parameters, but there is no part named model. Write Engine(step, model=model, ...)."
-        )
-    return select_parameters(model, which)
 
 
 def _learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from camshaft.engine import (
     FitStart,
     RunFailed,
     UpdateEnd,
+    average_name,
     call_model,
     check_data,
     has_shards,
@@ -41,11 +42,11 @@ Rule = Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]
 
 
 class WeightAverage(Callback):
-    """Keeps an average of the weights, and evaluates with it, over ``torch.optim.swa_utils``.
+    """Keeps an average of a model's weights, and evaluates with it, over ``torch.optim.swa_utils``.
 
     Validations, ``evaluate`` and ``predict`` use the average once it has been updated, and the raw weights before;
     training always continues with the raw ones. A `BestCheckpoint` therefore holds the weights that were measured. The
-    average is the part ``weight_average`` of the run.
+    average is the part ``weight_average`` of the run; that of another part is ``weight_average_<part>``.
 
     Args:
         kind: "ema" (exponential moving average) or "swa" (equal weights).
@@ -56,13 +57,13 @@ class WeightAverage(Callback):
         batch_norm_data: batches with which batch-norm statistics are computed again for the average when the run
             ends: exact, where ``buffers`` is rough.
         load_at_end: put the average into the model when the run ends.
+        part: the part whose weights are averaged, such as "generator".
 
     Raises:
-        ConfigurationError: for settings that cannot work.
+        ConfigurationError: for settings that cannot work; at attachment for a part that is missing or has an average.
     """
 
     needs_update = True
-    unique = True
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class WeightAverage(Callback):
         buffers: bool = True,
         batch_norm_data: Data | None = None,
         load_at_end: bool = False,
+        part: str = "model",
     ) -> None:
         if kind not in ("ema", "swa"):
             raise ConfigurationError(f'WeightAverage does not know {kind!r}. Write "ema" or "swa".')
@@ -90,14 +92,20 @@ class WeightAverage(Callback):
             check_data("WeightAverage's batch_norm_data", batch_norm_data)
         self.batch_norm_data = batch_norm_data
         self.load_at_end = load_at_end
+        self.part = part
+        self._name = average_name(part)
         self._num_updates = 0  # of the model: a run may update other modules, too
         self._failed = False
         self._of_model: set[torch.optim.Optimizer] = set()
 
     def attach(self, engine: Engine) -> None:
         """Use the average in every evaluation."""
-        if "model" not in engine.parts.modules():
-            raise ConfigurationError("WeightAverage needs the model. Write Engine(step, model=model, ...).")
+        engine.parts.module(self.part, "WeightAverage")
+        others = [one for one in engine.listeners.callbacks if isinstance(one, WeightAverage) and one is not self]
+        if any(one.part == self.part for one in others):
+            raise ConfigurationError(
+                f"The part {self.part} has a WeightAverage already. Attach one for each part."
+            )
         super().attach(engine)
         engine.listeners.around("evaluation", lambda: self._swapped(engine))
 
@@ -105,16 +113,16 @@ class WeightAverage(Callback):
         """Create the average as a copy of the model on its present device; a resumed run then loads its values."""
         self._failed = False
         parts = event.engine.parts
-        own = {id(parameter) for parameter in parts["model"].parameters()}
+        own = {id(parameter) for parameter in parts[self.part].parameters()}
         optimizers = event.engine.parts.optimizers().values()
         self._of_model = {one for one in optimizers if any(id(parameter) in own for parameter in parameters_of(one))}
-        if "weight_average" not in parts:
+        if self._name not in parts:
             rule = get_ema_multi_avg_fn(self.decay) if self.kind == "ema" else get_swa_multi_avg_fn()
-            model = unwrap(parts["model"])
+            model = unwrap(parts[self.part])
             if has_shards(model.parameters()):
                 model, rule = shell_of(model), _on_parts(rule)
             average = AveragedModel(model, multi_avg_fn=_on_floats(rule), use_buffers=self.buffers)
-            parts["weight_average"] = average.requires_grad_(False)
+            parts[self._name] = average.requires_grad_(False)
 
     def on_update_end(self, event: UpdateEnd) -> None:
         """Take in the weights, if this was an update of the model."""
@@ -123,7 +131,7 @@ class WeightAverage(Callback):
         self._num_updates += 1
         number = self._num_updates - self.start
         if number > 0 and number % self.every == 0:
-            event.engine.parts["weight_average"].update_parameters(unwrap(event.engine.parts["model"]))
+            event.engine.parts[self._name].update_parameters(unwrap(event.engine.parts[self.part]))
 
     def on_run_failed(self, event: RunFailed) -> None:
         """Remember that the statistics of a failed run are of no use."""
@@ -132,15 +140,15 @@ class WeightAverage(Callback):
     def on_fit_end(self, event: FitEnd) -> None:
         """Compute the batch-norm statistics and load the average, if asked to."""
         engine = event.engine
-        average = engine.parts.get("weight_average")
+        average = engine.parts.get(self._name)
         if average is None or not average.n_averaged:
             return
         if self.batch_norm_data is not None and not self._failed and engine.run.interrupted is None:
             with preserve_rng(), torch.no_grad(), self._swapped(engine):
-                _compute_statistics(engine, unwrap(engine.parts["model"]), self.batch_norm_data)
+                _compute_statistics(engine, unwrap(engine.parts[self.part]), self.batch_norm_data)
             engine.ranks.copy_from_main(list(average.buffers()))  # ranks may read the data in orders of their own
         if self.load_at_end:
-            unwrap(engine.parts["model"]).load_state_dict(average.module.state_dict())
+            unwrap(engine.parts[self.part]).load_state_dict(average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of the model's updates; the average is a part of the run."""
@@ -152,11 +160,11 @@ class WeightAverage(Callback):
 
     @contextmanager
     def _swapped(self, engine: Engine) -> Iterator[None]:
-        average = engine.parts.get("weight_average")
+        average = engine.parts.get(self._name)
         if average is None or not average.n_averaged:
             yield
             return
-        model = unwrap(engine.parts["model"])
+        model = unwrap(engine.parts[self.part])
         _swap(model, average.module)
         try:
             yield
@@ -164,7 +172,8 @@ class WeightAverage(Callback):
             _swap(model, average.module)
 
     def __repr__(self) -> str:
-        return f"WeightAverage({self.kind!r}, decay={self.decay}, every={self.every}, start={self.start})"
+        of_part = "" if self.part == "model" else f", part={self.part!r}"
+        return f"WeightAverage({self.kind!r}, decay={self.decay}, every={self.every}, start={self.start}{of_part})"
 
 
 def _swap(model: nn.Module, average: nn.Module) -> None:

@@ -55,7 +55,7 @@ from .losses import FocalLoss, SymmetricCrossEntropy
 from .meter import AverageMeter
 from .metric import as_metrics
 from .optional import import_optional
-from .parameters import Selection, decay_groups, is_weight, parameters_of, select_parameters, weights_of
+from .parameters import Selection, decay_groups, is_weight, layer_groups, parameters_of, select_parameters, weights_of
 from .ranks import Ranks, Share, launched_rank, launched_world
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
@@ -65,7 +65,7 @@ from .state import run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
 from .values import format_values, scalars
-from .weights import load_weights, unwrap
+from .weights import average_name, load_weights, unwrap
 from .when import after, at, every, every_seconds, until
 
 __all__ = [
@@ -83,6 +83,7 @@ __all__ = [
     "every_seconds",
     "repeat",
     "decay_groups",
+    "layer_groups",
     "prepare_batch",
     "num_samples",
     "Event",
@@ -142,6 +143,7 @@ __all__ = [
     "weights_of",
     "unwrap",
     "load_weights",
+    "average_name",
     "is_sharded",
     "has_shards",
     "local_part",

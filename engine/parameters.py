@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -105,3 +105,45 @@ def decay_groups(model: nn.Module, weight_decay: float, which: Selection | None 
         {"params": list(chosen.values()), "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+
+
+def layer_groups(
+    model: nn.Module, lr: float, factor: float, layers: Sequence[Selection] | None = None
+) -> list[dict[str, Any]]:
+    """Return parameter groups for an optimizer, one a layer: the last layer learns at ``lr``, each earlier one slower.
+
+    Args:
+        model: the model to train.
+        lr: the learning rate of the last layer; above 0.
+        factor: the rate of a layer divided by that of the layer after it; above 0 and at most 1.
+        layers: the parameters of each layer, from the input to the output: names, patterns or functions. By default,
+            the model's children, in the order in which they were defined.
+
+    Raises:
+        ConfigurationError: for numbers that cannot work, a name that matches no parameter, a parameter in two layers,
+            or one in none.
+
+    >>> model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> [group["lr"] for group in layer_groups(model, lr=0.1, factor=0.5)]
+    [0.05, 0.1]
+    """
+    if not (is_number(lr) and lr > 0 and is_number(factor) and 0 < factor <= 1):
+        raise ConfigurationError(
+            f"layer_groups got lr={lr!r} and factor={factor!r}. Pass lr above 0, and a factor above 0 and at most 1."
+        )
+    if layers is None:
+        chosen = [dict(child.named_parameters(prefix=name)) for name, child in model.named_children()]
+        chosen.append(dict(model.named_parameters(recurse=False)))
+    else:
+        chosen = [select_parameters(model, which) for which in layers]
+    names = [name for group in chosen for name in group]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigurationError(
+            f"layer_groups has {', '.join(twice[:5])} in two layers. Write each parameter into one layer only."
+        )
+    if missing := [name for name, _ in model.named_parameters() if name not in names]:
+        raise ConfigurationError(
+            f"layer_groups has {', '.join(missing[:5])} in no layer. Write each parameter into a layer."
+        )
+    groups = [list(group.values()) for group in chosen if group]
+    return [{"params": group, "lr": lr * factor ** (len(groups) - 1 - at)} for at, group in enumerate(groups)]

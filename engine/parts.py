@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .callback import Callback
-from .errors import ConfigurationError
+from .errors import ConfigurationError, did_you_mean
 
 
 class Parts(dict[str, Any]):
@@ -26,6 +26,21 @@ class Parts(dict[str, Any]):
     def modules(self) -> dict[str, nn.Module]:
         """Return the parts that are modules, by name."""
         return {name: part for name, part in self.items() if isinstance(part, nn.Module)}
+
+    def module(self, name: str, needed_by: str) -> nn.Module:
+        """Return the part that is a module of this name.
+
+        Raises:
+            ConfigurationError: if there is none.
+        """
+        modules = self.modules()
+        if name not in modules:
+            has = f"the modules among the parts are: {', '.join(modules)}" if modules else "no part is a module"
+            raise ConfigurationError(
+                f"{needed_by} needs the part named {name}, but {has}. "
+                f"{did_you_mean(name, modules)}Write Engine(step, {name}={name}, ...)."
+            )
+        return modules[name]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the parts that are optimizers, by name."""

@@ -28,6 +28,15 @@ def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None
     target.load_state_dict(like_module(weights, target))
 
 
+def average_name(part: str = "model") -> str:
+    """Return the name of the part that holds the average of a part's weights.
+
+    >>> average_name(), average_name("generator")
+    ('weight_average', 'weight_average_generator')
+    """
+    return "weight_average" if part == "model" else f"weight_average_{part}"
+
+
 def weight_differences(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
     """Return, in words, where a state dict differs from the model's in names or shapes."""
     own = model.state_dict()

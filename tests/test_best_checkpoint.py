@@ -307,7 +307,7 @@ def test_top_k_is_a_whole_number_of_at_least_1(top_k: Any) -> None:
 
 def test_an_engine_without_a_model_is_refused_when_attached() -> None:
     """There would be nothing to keep."""
-    with pytest.raises(ConfigurationError, match="no part named model"):
+    with pytest.raises(ConfigurationError, match="no part is a module"):
         Engine(lambda engine, batch: None, callbacks=[BestCheckpoint("val_loss", "min")])
 
 
@@ -683,7 +683,7 @@ def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dic
 
 
 def test_a_best_checkpoint_without_a_model_is_refused() -> None:
-    with refused(ConfigurationError, "no part named model"):
+    with refused(ConfigurationError, "no part is a module"):
         Engine(callbacks=[BestCheckpoint("val_loss", "min")])
 
 

@@ -236,7 +236,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None
 def test_names_that_match_no_parameter_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="wieght"):
         make_trainer(Log(gradients=["wieght"]))
-    with refused(ConfigurationError, "there is no part named model", "Write Engine(step, model=model, ...)."):
+    with refused(ConfigurationError, "no part is a module", "Write Engine(step, model=model, ...)."):
         Engine(lambda engine, batch: None, callbacks=[Log(gradients=["weight"])])
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import class_batches, refused
 from torch import nn
 
-from camshaft.engine import ConfigurationError, Trainer, decay_groups
+from camshaft.engine import ConfigurationError, Trainer, decay_groups, layer_groups
 from camshaft.engine.parameters import is_weight, select_parameters, weights_of
 
 
@@ -159,3 +159,45 @@ def test_a_decay_that_is_no_number_of_at_least_zero_is_refused(weight_decay: Any
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
     with refused(ConfigurationError, phrase):
         decay_groups(**settings)
+
+
+def test_layer_groups_train_like_groups_made_by_hand() -> None:
+    mine, hand = network(), network()
+    rates = {"0": 0.01 / 4, "1": 0.01 / 2, "3": 0.01}
+    groups = [{"params": list(hand.get_submodule(name).parameters()), "lr": rate} for name, rate in rates.items()]
+    by_groups = trained(mine, layer_groups(mine, lr=0.01, factor=0.5))
+    assert all(torch.equal(a, b) for a, b in zip(by_groups, trained(hand, groups), strict=True))
+
+
+def test_layers_may_be_named() -> None:
+    model = network()
+    groups = layer_groups(model, 0.1, 0.1, layers=[["0.*", "1.*"], ["3.*"]])
+    assert [len(group["params"]) for group in groups] == [4, 2]
+    assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.1])
+
+
+def test_a_parameter_of_the_model_itself_is_the_last_layers() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.scale = nn.Parameter(torch.ones(1))
+
+    groups = layer_groups(Scaled(), 0.1, 0.5)
+    assert [[tuple(p.shape) for p in group["params"]] for group in groups] == [[(2, 2), (2,)], [(1,)]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": 0.0, "factor": 0.5}, "layer_groups got lr=0.0 and factor=0.5."),
+        ({"lr": 0.1, "factor": 1.5}, "layer_groups got lr=0.1 and factor=1.5."),
+        ({"lr": 0.1, "factor": "0.5"}, "layer_groups got lr=0.1 and factor='0.5'."),
+        ({"lr": 0.1, "factor": 0.5, "layers": [["0.*"], ["*"]]}, "layer_groups has 0.bias, 0.weight in two layers."),
+        ({"lr": 0.1, "factor": 0.5, "layers": [["0.*"], ["1.*"]]}, "layer_groups has 3.weight, 3.bias in no layer."),
+        ({"lr": 0.1, "factor": 0.5, "layers": [["9.*"]]}, 'No parameter matches "9.*".'),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
+    with refused(ConfigurationError, said):
+        layer_groups(network(), **settings)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,8 @@ import torch
 from helpers import Batch, class_batches, make_trainer, refused, regression
 from torch import Tensor, nn
 
-from camshaft.callbacks import Accumulate, FreezeUntil, Penalty
-from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, LossReady, StepEnd, Trainer
+from camshaft.callbacks import Accumulate, FreezeUntil, Penalty, RunCheckpoint
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, LossReady, StepEnd, Trainer, at
 
 Array = npt.NDArray[np.float64]
 
@@ -153,7 +155,8 @@ def test_an_unknown_name_is_refused_at_attachment(make: Any) -> None:
 @pytest.mark.parametrize("callback", [Penalty(l2=0.1), FreezeUntil(2, ["*"])])
 def test_an_engine_without_a_model_is_refused_at_attachment(callback: Callback) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"^(Penalty|FreezeUntil) needs the model\. Write Engine\(step, model="
+        ConfigurationError,
+        match=r"^(Penalty|FreezeUntil) needs .* no part is a module\. Write Engine\(step, model=",
     ):
         Engine(lambda engine, batch: None, callbacks=[callback])
 
@@ -298,3 +301,95 @@ def test_parameters_that_the_model_does_not_have_are_told_at_attachment(
 ) -> None:
     with refused(ConfigurationError, phrase):
         regression(callbacks=[make(parameters=parameters)])
+
+
+# Thawed layer by layer, and parts by name ----------------------------------------------------------------
+
+
+def norm_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+    ).double()
+
+
+STAGES = {2: ["2.*", "3.*"], 3: ["0.*", "1.*"]}
+
+
+def thawing_trainer(*callbacks: Callback, batch_norm: bool = True) -> Engine:
+    model = norm_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    freeze = FreezeUntil(STAGES, batch_norm=batch_norm)
+    return Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[freeze, *callbacks], seed=0)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_layers_thaw_one_after_the_other_as_by_hand(batch_norm: bool) -> None:
+    """Also through validations, which put every layer into eval mode for their length; statistics included."""
+    trainer = thawing_trainer(batch_norm=batch_norm)
+    trainer.fit(double_batches(8, 8), double_batches(8), epochs=4)
+    model = norm_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for epoch in (1, 2, 3, 4):
+        for first, places in ((2, (2, 3)), (3, (0, 1))):
+            for place in places:
+                model[place].requires_grad_(epoch >= first)
+                if batch_norm:
+                    model[place].train(epoch >= first)
+        for inputs, target in double_batches(8, 8):
+            nn.functional.cross_entropy(model(inputs), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ours, theirs = trainer.parts["model"].state_dict(), model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(layer.training for layer in trainer.parts["model"])  # as it was before the run
+
+
+@pytest.mark.parametrize("cut_at", [1, 3, 5])
+def test_a_run_that_is_cut_while_layers_are_frozen_is_resumed_to_the_bit(cut_at: int, tmp_path: Path) -> None:
+    whole = thawing_trainer()
+    whole.fit(double_batches(8, 8), epochs=4)
+    cut = thawing_trainer(RunCheckpoint(tmp_path))
+    cut.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(cut_at))
+    cut.fit(double_batches(8, 8), epochs=4)
+    resumed = thawing_trainer(RunCheckpoint(tmp_path))
+    resumed.fit(double_batches(8, 8), epochs=4, resume="auto")
+    ours, theirs = resumed.parts["model"].state_dict(), whole.parts["model"].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((3,), "FreezeUntil got epoch=3 and parameters=None."),
+        (({3: ["0.*"]}, ["0.*"]), "FreezeUntil got epoch={3: ['0.*']} and parameters=['0.*']."),
+        (({},), "FreezeUntil got epoch={} and parameters=None."),
+        (({1: ["0.*"]},), "FreezeUntil's epoch is 1"),
+        (({2: ["0.*"], 3: ["0.bias"]},), "FreezeUntil has two epochs for 0.bias."),
+    ],
+)
+def test_epochs_that_cannot_be_are_refused(arguments: Any, said: str) -> None:
+    with refused(ConfigurationError, said):
+        make_trainer(FreezeUntil(*arguments), model=network())
+
+
+def test_a_part_that_is_not_the_model_is_frozen_or_kept_small() -> None:
+    def step(engine: Engine, batch: Tensor) -> None:
+        engine.update(engine.parts["critic"](engine.parts["generator"](batch)).mean())
+
+    generator, critic = nn.Linear(2, 2), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD([*generator.parameters(), *critic.parameters()], lr=0.1)
+    before = generator.weight.detach().clone(), critic.weight.detach().clone()
+    callbacks = [FreezeUntil(2, ["*"], part="generator"), Penalty(l2=0.1, part="critic")]
+    engine = Engine(step, generator=generator, critic=critic, optimizer=optimizer, callbacks=callbacks)
+    engine.fit([torch.zeros(3, 2)], epochs=1)
+    assert torch.equal(generator.weight, before[0])
+    bias = generator.bias.detach()
+    expected = before[1] - 0.1 * (bias + 0.1 * before[1])  # the critic's input is the generator's bias
+    torch.testing.assert_close(critic.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("make", [lambda part: Penalty(l2=0.1, part=part), lambda p: FreezeUntil(2, ["*"], part=p)])
+def test_a_part_that_does_not_exist_is_refused_with_a_guess(make: Any) -> None:
+    with refused(ConfigurationError, 'Did you mean "model"?'):
+        make_trainer(make("modle"))

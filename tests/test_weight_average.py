@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from helpers import Batch, class_batches, linear, make_trainer, refused
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from camshaft.callbacks import Accumulate, BestCheckpoint, StopOnNonFinite, WeightAverage
+from camshaft.callbacks import Accumulate, BestCheckpoint, RunCheckpoint, StopOnNonFinite, WeightAverage
 from camshaft.engine import (
     Callback,
     ConfigurationError,
@@ -25,6 +26,7 @@ from camshaft.engine import (
     UpdateEnd,
     ValidationEnd,
     ValidationStart,
+    at,
 )
 
 
@@ -332,7 +334,10 @@ def test_two_averages_are_refused() -> None:
 
 
 def test_an_engine_without_a_model_is_refused_at_attachment() -> None:
-    with pytest.raises(ConfigurationError, match=r"^WeightAverage needs the model\. Write Engine\(step, model=model"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^WeightAverage needs .* no part is a module\. Write Engine\(step, model=model",
+    ):
         Engine(lambda engine, batch: None, callbacks=[WeightAverage()])
 
 
@@ -407,3 +412,112 @@ def test_an_interrupted_run_does_not_compute_batch_norm_statistics() -> None:
     trainer.subscribe(StepEnd, lambda event: trainer.run.interrupt(signal.SIGTERM))
     trainer.fit(class_batches(8, 8), epochs=1)
     assert not read
+
+
+# Parts by name ------------------------------------------------------------------------------------------
+
+
+def gan(*callbacks: Callback) -> Engine:
+    """Two networks, of which each step updates both; a validation measures the generator."""
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(2, 2).double(), nn.Linear(2, 1).double()
+
+    def step(engine: Engine, batch: Tensor) -> dict[str, Tensor]:
+        made = engine.parts["generator"](batch)
+        if engine.training:
+            engine.update(engine.parts["critic"](made.detach()).mean(), optimizer="of_critic")
+            engine.update(-engine.parts["critic"](made).mean(), optimizer="of_generator")
+        return {"size": made.square().mean()}
+
+    return Engine(
+        step,
+        generator=generator,
+        critic=critic,
+        of_generator=torch.optim.SGD(generator.parameters(), 0.1),
+        of_critic=torch.optim.SGD(critic.parameters(), 0.1),
+        callbacks=callbacks,
+        seed=0,
+    )
+
+
+GAN_DATA = [torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+
+
+def test_the_average_of_a_part_is_that_of_its_updates_by_the_formula() -> None:
+    engine = gan(WeightAverage(decay=0.5, part="generator"), WeightAverage(decay=0.9, part="critic"))
+    weights: dict[str, list[Tensor]] = {"generator": [], "critic": []}
+
+    def keep(event: UpdateEnd) -> None:
+        for name in weights:
+            if event.optimizer is engine.parts[f"of_{name}"]:
+                weights[name].append(engine.parts[name].weight.detach().clone())
+
+    engine.subscribe(UpdateEnd, keep)
+    engine.fit(GAN_DATA, epochs=2)
+    for name, decay in (("generator", 0.5), ("critic", 0.9)):
+        average = weights[name][0]
+        for newest in weights[name][1:]:
+            average = decay * average + (1 - decay) * newest
+        kept = engine.parts[f"weight_average_{name}"].module.weight
+        torch.testing.assert_close(kept, average, rtol=1e-12, atol=1e-12)
+
+
+def test_validations_measure_the_average_of_the_part_and_its_best_weights_are_kept(tmp_path: Path) -> None:
+    best = BestCheckpoint("val_size", "min", tmp_path, parts=["generator"], restore=True)
+    engine = gan(WeightAverage(decay=0.5, part="generator"), best)
+    seen: dict[int, dict[str, Tensor]] = {}
+
+    def keep(event: ValidationEnd) -> None:
+        average = engine.parts["generator"]  # within a validation, they have changed places
+        with torch.no_grad():
+            by_hand = sum(average(batch).square().mean() for batch in GAN_DATA) / len(GAN_DATA)
+        assert event.metrics["val_size"] == pytest.approx(float(by_hand), rel=1e-12)
+        seen[engine.epoch] = {name: value.clone() for name, value in average.state_dict().items()}
+
+    engine.subscribe(ValidationEnd, keep)
+    engine.fit(GAN_DATA, GAN_DATA, epochs=3)
+    assert best.best is not None
+    kept = torch.load(tmp_path / "best.pt", weights_only=True)
+    for holder in (kept, engine.parts["generator"].state_dict(),
+                   engine.parts["weight_average_generator"].module.state_dict()):  # fmt: skip
+        assert all(torch.equal(holder[name], value) for name, value in seen[best.best.epoch].items())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_best_weights_of_several_parts_are_of_one_moment(in_memory: bool, tmp_path: Path) -> None:
+    parts = ["generator", "critic"]
+    best = BestCheckpoint("val_size", "max", None if in_memory else tmp_path, parts=parts, restore=True)
+    engine = gan(best)
+    seen: dict[int, dict[str, Any]] = {}
+    engine.subscribe(
+        ValidationEnd,
+        lambda event: seen.update({engine.epoch: copy.deepcopy({n: engine.parts[n].state_dict() for n in parts})}),
+    )
+    engine.fit(GAN_DATA, GAN_DATA, epochs=3)
+    assert best.best is not None
+    restored = {name: engine.parts[name].state_dict() for name in parts}
+    for holder in (best.weights(), restored):
+        for name, expected in seen[best.best.epoch].items():
+            assert all(torch.equal(holder[name][key], value) for key, value in expected.items())
+
+
+def test_two_averages_of_one_part_or_of_none_are_refused() -> None:
+    with refused(ConfigurationError, "The part critic has a WeightAverage already.", "Attach one for each part."):
+        gan(WeightAverage(part="critic"), WeightAverage("swa", part="critic"))
+    with refused(ConfigurationError, "WeightAverage needs the part named critc", 'Did you mean "critic"?'):
+        gan(WeightAverage(part="critc"))
+    with refused(ConfigurationError, "BestCheckpoint has parts='critic'.", 'Write a list of names: parts=["model"].'):
+        gan(BestCheckpoint("val_size", "max", parts="critic"))
+
+
+def test_an_average_of_a_part_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    whole = gan(WeightAverage(decay=0.5, part="generator"))
+    whole.fit(GAN_DATA, epochs=2)
+    cut = gan(WeightAverage(decay=0.5, part="generator"), RunCheckpoint(tmp_path))
+    cut.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(3))
+    cut.fit(GAN_DATA, epochs=2)
+    resumed = gan(WeightAverage(decay=0.5, part="generator"), RunCheckpoint(tmp_path))
+    resumed.fit(GAN_DATA, epochs=2, resume="auto")
+    for name in ("generator", "critic", "weight_average_generator"):
+        ours, theirs = resumed.parts[name].state_dict(), whole.parts[name].state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
