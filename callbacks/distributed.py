@@ -173,8 +173,8 @@ class Distributed(Callback):
                     f"The gradients of step {event.engine.step} were not added up over the ranks. "
                     "Call each part that is trained as a whole, model(inputs), once before its loss is differentiated."
                 )
-            if replica.is_held_by(event.optimizer):  # another optimizer's window may still be open
-                replica.is_reduced = False
+            if event.optimizer is event.together[-1] and any(map(replica.is_held_by, event.together)):
+                replica.is_reduced = False  # not of other optimizers, whose window may still be open
 
     def _check_batch_norm(self, name: str, module: nn.Module) -> None:
         if self.batch_norm == "sync" and any(

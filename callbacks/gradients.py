@@ -49,6 +49,8 @@ class ClipGradients(Callback):
     Args:
         norm: the largest total norm, by ``torch.nn.utils.clip_grad_norm_``.
         value: or the largest absolute value of an element, by ``clip_grad_value_``.
+        each: where several optimizers make one update, clip the gradients of each by their own norm, instead of all
+            by the norm of all.
 
     Raises:
         ConfigurationError: unless exactly one of them is given, positive and finite.
@@ -56,7 +58,7 @@ class ClipGradients(Callback):
 
     needs_update = True
 
-    def __init__(self, norm: float | None = None, *, value: float | None = None) -> None:
+    def __init__(self, norm: float | None = None, *, value: float | None = None, each: bool = False) -> None:
         if (norm is None) == (value is None):
             raise ConfigurationError(
                 f"ClipGradients got norm={norm} and value={value}. Pass one of them: ClipGradients(norm=1.0)."
@@ -66,10 +68,15 @@ class ClipGradients(Callback):
             raise ConfigurationError(f"ClipGradients got a limit of {limit!r}. Pass a finite number above 0.")
         self.norm = norm
         self.value = value
+        self.each = each
 
     def on_gradients_ready(self, event: GradientsReady) -> None:
-        """Clip the gradients of the optimizer's parameters in place; nothing waits for the device."""
+        """Clip the gradients of the update's parameters in place; nothing waits for the device."""
         parameters = parameters_of(event.optimizer)
+        if len(event.together) > 1 and not self.each:
+            if event.optimizer is not event.together[0]:
+                return
+            parameters = [parameter for optimizer in event.together for parameter in parameters_of(optimizer)]
         if self.norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.norm)
         elif self.value is not None:

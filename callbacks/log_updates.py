@@ -34,13 +34,13 @@ class UpdateMeter:
         self._engine = engine
         self._each = select_parameters(engine.parts.module("model", "Log"), each) if each != () else {}
         self._measured: dict[str, Tensor] = {}
-        self._weights: list[Tensor] = []  # as they were before the present update
+        self._weights: dict[torch.optim.Optimizer, list[Tensor]] = {}  # as they were before the present update
         engine.subscribe(GradientsReady, self._look_at_gradients, when=_JustBefore(engine, every))
         engine.subscribe(UpdateEnd, self._look_at_update, when=_JustBefore(engine, every))
 
     def take(self) -> dict[str, Tensor]:
         """Return the values of the newest update, and forget them."""
-        measured, self._measured, self._weights = self._measured, {}, []
+        measured, self._measured, self._weights = self._measured, {}, {}
         return measured
 
     def _look_at_gradients(self, event: GradientsReady) -> None:
@@ -51,10 +51,10 @@ class UpdateMeter:
         for name, parameter in self._each.items():
             if id(parameter) in held:
                 self._measured[f"grad_norm/{name}"] = _norm([held[id(parameter)]])
-        self._weights = [one.detach().clone() for one in _learning(event.optimizer)]
+        self._weights[event.optimizer] = [one.detach().clone() for one in _learning(event.optimizer)]
 
     def _look_at_update(self, event: UpdateEnd) -> None:
-        before, self._weights = self._weights, []
+        before = self._weights.pop(event.optimizer, [])
         after = [one.detach() for one in _learning(event.optimizer)]
         if before and len(before) == len(after):  # not if a handler has taken gradients away in between
             changes = [one - other for one, other in zip(after, before, strict=True)]

@@ -103,9 +103,7 @@ class WeightAverage(Callback):
         engine.parts.module(self.part, "WeightAverage")
         others = [one for one in engine.listeners.callbacks if isinstance(one, WeightAverage) and one is not self]
         if any(one.part == self.part for one in others):
-            raise ConfigurationError(
-                f"The part {self.part} has a WeightAverage already. Attach one for each part."
-            )
+            raise ConfigurationError(f"The part {self.part} has a WeightAverage already. Attach one for each part.")
         super().attach(engine)
         engine.listeners.around("evaluation", lambda: self._swapped(engine))
 
@@ -126,7 +124,8 @@ class WeightAverage(Callback):
 
     def on_update_end(self, event: UpdateEnd) -> None:
         """Take in the weights, if this was an update of the model."""
-        if event.optimizer not in self._of_model:
+        of_model = [one for one in event.together or (event.optimizer,) if one in self._of_model]
+        if not of_model or event.optimizer is not of_model[-1]:  # several may have stepped in one update
             return
         self._num_updates += 1
         number = self._num_updates - self.start

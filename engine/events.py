@@ -91,17 +91,25 @@ class LossReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class GradientsReady(Event):
-    """``optimizer`` is about to step; its parameters' ``.grad`` hold the true, unscaled gradients."""
+    """``optimizer`` is about to step; its parameters' ``.grad`` hold the true, unscaled gradients.
+
+    ``together`` holds all optimizers that this update is of, each of which has an event of its own.
+    """
 
     optimizer: Optimizer
+    together: tuple[Optimizer, ...] = ()
     counter: ClassVar[str] = "num_updates"
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateEnd(Event):
-    """``optimizer`` has stepped; not fired for a step that the loss scaler skipped."""
+    """``optimizer`` has stepped; not fired for a step that the loss scaler skipped.
+
+    ``together`` holds all optimizers that have stepped in this update, each of which has an event of its own.
+    """
 
     optimizer: Optimizer
+    together: tuple[Optimizer, ...] = ()
     counter: ClassVar[str] = "num_updates"
 
 

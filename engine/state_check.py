@@ -14,6 +14,7 @@ from .parameters import parameters_of
 from .rng import preserve_rng, set_rng_state
 from .run import Phase
 from .table import unpack
+from .window import MAIN, TOGETHER
 
 if TYPE_CHECKING:
     from .callback import Callback
@@ -120,12 +121,12 @@ def _in_update(engine: Engine, update: dict[Any, Any]) -> Iterator[str]:
             yield f"{name!r:.50} has no window"
         elif not _is_window(saved["window"], is_open=saved["grads"] is not None):
             yield f"the window of {name} is {saved['window']!r:.50}"
-        elif saved["grads"] is not None and not _fit(saved["grads"], engine.parts.optimizers().get(name)):
+        elif saved["grads"] is not None and not _fit(saved["grads"], _optimizers(engine, name)):
             yield f"the gradients of {name} are not those of its parameters"
-        elif name != "optimizer" and name not in engine.parts.optimizers():
+        elif name != MAIN and not _optimizers(engine, name):
             yield f"{name!r:.50} is not an optimizer of this run"
     own = engine.update.scaler
-    saved = update.get("optimizer")
+    saved = update.get(MAIN)
     scaler = saved.get("scaler") if isinstance(saved, dict) else None
     if own is not None and scaler is not None and not _is_alike(scaler, own.state_dict()):
         yield "the loss scaler's state is not one"
@@ -139,8 +140,15 @@ def _is_window(window: object, *, is_open: bool) -> bool:
     return are_counts and bool(batches) == is_open and (not is_open or samples[1] > 0)
 
 
-def _fit(grads: Any, optimizer: torch.optim.Optimizer | None) -> bool:
-    parameters = [] if optimizer is None else parameters_of(optimizer)
+def _optimizers(engine: Engine, key: object) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a window; none if one of them is not there."""
+    known = engine.parts.optimizers()
+    names = key.split(TOGETHER) if isinstance(key, str) else []
+    return [known[name] for name in names] if known.keys() >= set(names) else []
+
+
+def _fit(grads: Any, optimizers: list[torch.optim.Optimizer]) -> bool:
+    parameters = [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
     return isinstance(grads, list) and len(grads) == len(parameters) and all(
         grad is None or (isinstance(grad, Tensor) and (grad.shape, grad.dtype) == (parameter.shape, parameter.dtype))
         for grad, parameter in zip(grads, parameters, strict=True)

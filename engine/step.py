@@ -79,10 +79,17 @@ class SupervisedStep:
         loss_fn: a module or function that returns the mean loss over the batch; or a dict of means by name, of which
             ``loss`` is differentiated, and all are recorded.
         prepare_batch: splits a batch into ``(inputs, target)``.
+        optimizer: the names of the optimizers that step together; None for the part ``optimizer``.
     """
 
-    def __init__(self, loss_fn: Loss, prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch) -> None:
+    def __init__(
+        self,
+        loss_fn: Loss,
+        prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch,
+        optimizer: Sequence[str] | None = None,
+    ) -> None:
         self.prepare_batch = prepare_batch
+        self.optimizer = optimizer
         self._num_loss_arguments = _num_required(loss_fn)
 
     def train(self, engine: Engine, batch: Any, /) -> None:
@@ -91,7 +98,7 @@ class SupervisedStep:
         current = engine.current
         record = current.record or refuse_outside_a_stage()
         weight = 0 if current.is_stand_in else record.num_samples(batch)
-        engine.update(loss, weight if current.share is None else None)
+        engine.update(loss, weight if current.share is None else None, optimizer=self.optimizer)
         _record(record, output, target, loss, terms, weight)
 
     def train_in_parts(self, engine: Engine, parts: Sequence[Any]) -> None:
@@ -107,7 +114,7 @@ class SupervisedStep:
         done: list[tuple[Any, Any, Tensor, Terms, float]] = []
         for part, weight in zip(parts, weights, strict=True):
             output, target, loss, terms = self._forward(engine, part)
-            engine.update(loss, weight, batch_size=sum(weights))
+            engine.update(loss, weight, optimizer=self.optimizer, batch_size=sum(weights))
             detached = tree_map(Tensor.detach, (output, terms))
             done.append((detached[0], target, loss.detach(), detached[1], weight))
         for values in done:  # only after all of them succeeded

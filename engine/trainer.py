@@ -24,7 +24,7 @@ logger = logging.getLogger("camshaft")
 
 def Trainer(  # noqa: N802 - what it returns is used as the classes of this name elsewhere are
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
     loss_fn: Loss,
     *,
     metrics: Mapping[Any, Any] | nn.ModuleDict | None = None,
@@ -44,7 +44,8 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
 
     Args:
         model: called with the inputs: ``*inputs`` for a tuple, ``**inputs`` for a mapping.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters; or several that step together, by name, such as
+            ``{"muon": torch.optim.SGD(matrices), "adamw": torch.optim.AdamW(others)}``.
         loss_fn: a module or function that returns the mean loss over the batch, or a dict of it and its terms.
         metrics: ``{"acc": metric}``; a function ``(output, target) -> mean over the batch``, a torchmetrics or an
             ignite metric. Each stage has its own copy. See `camshaft.callbacks.Metrics` for more.
@@ -66,14 +67,14 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     True
     """
     _check_instance("model", model, nn.Module)
-    _check_instance("optimizer", optimizer, torch.optim.Optimizer)
+    optimizers: dict[str, Any] = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+    for name, one in (optimizers or {"optimizer": optimizer}).items():
+        _check_instance(name, one, torch.optim.Optimizer)
     _check_loss_fn(loss_fn)
     check_parts(parts, ("metrics", "callbacks", "seed", "prepare_batch", "num_samples"))
-    step = SupervisedStep(loss_fn, prepare_batch)
-    engine = Engine(
-        step, seed=seed, num_samples=num_samples, model=model, optimizer=optimizer, loss_fn=loss_fn, **parts
-    )
-    _check_optimizer(optimizer, engine)
+    step = SupervisedStep(loss_fn, prepare_batch, tuple(optimizers) if isinstance(optimizer, Mapping) else None)
+    engine = Engine(step, seed=seed, num_samples=num_samples, model=model, **optimizers, loss_fn=loss_fn, **parts)
+    _check_optimizers(list(optimizers.values()), engine)
     engine.stages.declare("loss", higher_is_better=False)
     engine.stages.add_metrics(metrics or {})
     engine.subscribe(FitStart, _before_training)
@@ -83,14 +84,14 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
 
 
 def _before_training(event: FitStart) -> None:
-    optimizer = event.engine.parts["optimizer"]
-    for number, group in enumerate(optimizer.param_groups):
-        rate = float(group["lr"])
-        if not 0 <= rate < math.inf:
-            raise ConfigurationError(
-                f"The learning rate of parameter group {number} is {rate}. Pass a finite lr of at least 0."
-            )
-    optimizer.zero_grad()
+    for optimizer in event.engine.parts.optimizers().values():
+        for number, group in enumerate(optimizer.param_groups):
+            rate = float(group["lr"])
+            if not 0 <= rate < math.inf:
+                raise ConfigurationError(
+                    f"The learning rate of parameter group {number} is {rate}. Pass a finite lr of at least 0."
+                )
+        optimizer.zero_grad()
 
 
 def _check_instance(name: str, value: object, kind: type) -> None:
@@ -112,13 +113,13 @@ def _check_loss_fn(loss_fn: object) -> None:
         )
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, engine: Engine) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
+def _check_optimizers(optimizers: list[torch.optim.Optimizer], engine: Engine) -> None:
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise ConfigurationError(
             "LBFGS evaluates the loss several times per step, which this step does not. "
             "Write a step function for Engine(step, ...) that calls optimizer.step(closure)."
         )
-    trained = {id(parameter) for parameter in parameters_of(optimizer)}
+    trained = {id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer)}
     trainable = [(name, p) for name, p in engine.parts.named_parameters() if p.requires_grad]
     missing = [name for name, parameter in trainable if id(parameter) not in trained]
     if trainable and len(missing) == len(trainable):

@@ -5,7 +5,7 @@ backward (of the loss, scaled for mixed precision and for its share of the windo
 -- when the window is full, or the epoch is over --
 unscale, once
 GradientsReady        the true gradients: look at them, clip them
-optimizer.step
+optimizer.step        of each optimizer that the update is for
 UpdateEnd             only if the step was taken: schedules and weight averages go here
 zero_grad(set_to_none=True)
 
@@ -15,6 +15,7 @@ A little longer than other files, because the refusals say what to write for eac
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -27,7 +28,9 @@ from .parameters import parameters_of
 from .ranks import Ranks, Share
 from .renamed import OF_UPDATE, refuse_old_names
 from .sharded import parts_like
-from .window import MAIN, Window, WindowSize
+from .window import MAIN, Window, WindowSize, key_of
+
+Optimizers = tuple[torch.optim.Optimizer, ...]
 
 if TYPE_CHECKING:
     from .listeners import Listeners
@@ -83,6 +86,7 @@ class Update:
         self._accumulates = False  # whether the size is more than a batch: kept, because each step asks
         self._several = False  # whether one was named in this run
         self._num_before = 0  # updates of earlier runs
+        self._scaler: torch.amp.GradScaler | None = None
         self._windows = {MAIN: Window(MAIN)}
 
     @property
@@ -98,19 +102,20 @@ class Update:
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler for float16, or None; optimizers that are named have copies of it."""
-        return self._windows[MAIN].scaler
+        return self._scaler
 
     def use_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Scale every loss by ``scaler`` before it is differentiated; None scales none."""
-        for window in self._windows.values():
-            window.scaler = scaler if window.name == MAIN else copy.deepcopy(scaler)
+        self._scaler = scaler
+        for key, window in self._windows.items():
+            window.scaler = scaler if key == MAIN else copy.deepcopy(scaler)
 
     def __call__(
         self,
         loss: Tensor,
         num_samples: float | Tensor | None = None,
         *,
-        optimizer: str | None = None,
+        optimizer: str | Sequence[str] | None = None,
         batch_size: float | None = None,
     ) -> None:
         """Differentiate ``loss`` and, when the window is full, update the weights.
@@ -120,25 +125,28 @@ class Update:
             num_samples: how many samples it is the mean of, a number or a tensor of one element; taken from the batch
                 by default. The mean of none is left out, and `LossReady` not announced for it, if that is the number
                 0: a tensor is not looked into.
-            optimizer: the name of the part that steps; by default the part ``optimizer``.
+            optimizer: the name of the part that steps; by default the part ``optimizer``. Several names, such as
+                ``("muon", "adamw")``, make one update of all of them: one backward pass, one window, one loss scaler.
             batch_size: for a part of a batch, the number of samples of the whole batch; the last part completes it.
 
         Raises:
             DataError: if the loss is not one number, or nothing in it can be trained.
-            EngineStateError: if there is no such optimizer, or this is not a training step.
+            EngineStateError: if there is no such optimizer, or it steps in another update, too; or if this is not a
+                training step.
         """
         progress = self._progress
         if progress.current.name != "train":
             _refuse_outside_training(progress.current.name)
         check_loss(loss, self._parts)
-        window = self._windows.get(optimizer or MAIN) or self._open(optimizer or MAIN)
-        if optimizer is not None and optimizer != MAIN:
+        key = optimizer or MAIN if optimizer is None or isinstance(optimizer, str) else self._key(optimizer)
+        window = self._windows.get(key) or self._open(key)
+        if key != MAIN:
             self._several = True
         if num_samples is None and self._asks and progress.current.share is None:
             num_samples = progress.current.num_samples()
         is_tensor = isinstance(num_samples, Tensor)
         if progress.step >= self._loss_ready.due and (is_tensor or num_samples != 0):
-            engine, stepping = self._engine, self._optimizer(window)
+            engine, stepping = self._engine, self._optimizers(window)[0]
             loss = self._loss_ready.transform(lambda value: LossReady(engine, value, stepping), loss, progress.step)
             check_loss(loss, self._parts)
         closes = True
@@ -205,7 +213,8 @@ class Update:
         """Forget what a run, or a failed try, has left in the windows, with its gradients."""
         for window in self._windows.values():
             if window.has_gradients:
-                self._optimizer(window).zero_grad()
+                for optimizer in self._optimizers(window):
+                    optimizer.zero_grad()
                 window.has_gradients = False
             window.clear()
 
@@ -217,7 +226,7 @@ class Update:
 
     def num_made(self, optimizer: str) -> int:
         """Return how often an optimizer was due to step, since it was first named."""
-        return self._windows[optimizer].num_made if optimizer in self._windows else 0
+        return sum(window.num_made for window in self._windows.values() if optimizer in window.names)
 
     def num_planned(self, run: Run) -> int | None:
         """Return how many updates ``run`` makes if nothing stops it, one for each window; None where unknown."""
@@ -244,33 +253,33 @@ class Update:
     def state_dict(self) -> dict[str, Any]:
         """Return the open windows with their gradients, and the scalers' states, by optimizer."""
         state: dict[str, Any] = {}
-        for name, window in self._windows.items():
-            state[name] = {
+        for key, window in self._windows.items():
+            state[key] = {
                 "window": [window.batches, float(window.samples), float(window.nominal)],
-                "grads": [p.grad for p in parameters_of(self._optimizer(window))] if window.batches else None,
+                "grads": [p.grad for p in self._parameters(window)] if window.batches else None,
                 "scaler": None if window.scaler is None else window.scaler.state_dict(),
             }
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        for name, saved in state.items():
-            window = self._windows.get(name) or self._open(name)
-            self._several = self._several or name != MAIN
+        for key, saved in state.items():
+            window = self._windows.get(key) or self._open(key)
+            self._several = self._several or key != MAIN
             window.batches, window.samples, window.nominal = saved["window"]
             window.has_gradients = any(grad is not None for grad in saved["grads"] or ())
             if saved["grads"] is not None:  # a step that updates by itself has no window, and perhaps no such part
-                for parameter, grad in zip(parameters_of(self._optimizer(window)), saved["grads"], strict=True):
+                for parameter, grad in zip(self._parameters(window), saved["grads"], strict=True):
                     part = parts_like(grad, parameter)
                     parameter.grad = None if part is None else part.to(parameter.device, copy=True)
             if window.scaler is not None and saved["scaler"] is not None:
                 window.scaler.load_state_dict(saved["scaler"])
                 if window.batches:  # torch makes the scale at the first loss, and the epoch's end may come before
-                    window.scaler.scale(torch.zeros((), device=parameters_of(self._optimizer(window))[0].device))
+                    window.scaler.scale(torch.zeros((), device=self._parameters(window)[0].device))
 
     def _differentiate(self, window: Window, loss: Tensor) -> None:
-        """Leave gradients in what this optimizer holds, and learns, alone."""
-        inputs = [parameter for parameter in parameters_of(self._optimizer(window)) if parameter.requires_grad]
+        """Leave gradients in what the window's optimizers hold, and learns, alone."""
+        inputs = [parameter for parameter in self._parameters(window) if parameter.requires_grad]
         if not inputs:
             return
         window.has_gradients = True
@@ -280,25 +289,23 @@ class Update:
             if "graph a second time" not in str(error):
                 raise
             raise DataError(
-                f'The loss of step {self._progress.step}, for "{window.name}", was differentiated before. '
+                f"The loss of step {self._progress.step}, for {window}, was differentiated before. "
                 "Compute it again for each optimizer, or step all of them in your own step, without engine.update."
             ) from error
 
     def _apply(self, window: Window) -> None:
         engine, progress = self._engine, self._progress
-        scaler, optimizer = window.scaler, self._optimizer(window)
+        scaler, optimizers = window.scaler, self._optimizers(window)
         if not window.has_gradients:
             self._leave_out(window)
             return
-        if self._several and all(parameter.grad is None for parameter in parameters_of(optimizer)):
-            raise DataError(
-                f'The loss of step {progress.step} gave no gradient to anything that "{window.name}" holds. '
-                "Name the optimizer that the loss is for: engine.update(loss, optimizer=...)."
-            )
+        if self._several:
+            self._check_gradients(window, optimizers)
         if scaler is not None:
-            scaler.unscale_(optimizer)
+            for optimizer in filter(_has_gradients, optimizers):
+                scaler.unscale_(optimizer)
         if isinstance(window.samples, Tensor) or window.samples != window.nominal:
-            grads = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+            grads = [parameter.grad for parameter in self._parameters(window) if parameter.grad is not None]
             torch._foreach_mul_(grads, window.correction())
         window.clear()
         window.num_made += 1
@@ -306,15 +313,27 @@ class Update:
         skips = False
         if progress.num_updates >= self._gradients_ready.due:
             progress.run.begin_update()
-            self._gradients_ready.emit(GradientsReady(engine, optimizer), progress.num_updates)
+            for optimizer in optimizers:
+                self._gradients_ready.emit(GradientsReady(engine, optimizer, optimizers), progress.num_updates)
             skips = progress.run.settle_update()
-        if not self._step(optimizer, scaler, skips=skips):
+        stepped = () if skips and scaler is None else self._step(optimizers, scaler, skips=skips)
+        if not stepped:
             progress.num_updates -= 1
             progress.num_skipped_updates += 1
         elif progress.num_updates >= self._update_end.due:
-            self._update_end.emit(UpdateEnd(engine, optimizer), progress.num_updates)
-        _clear_gradients(optimizer)
+            for optimizer in stepped:
+                self._update_end.emit(UpdateEnd(engine, optimizer, stepped), progress.num_updates)
+        for optimizer in optimizers:
+            _clear_gradients(optimizer)
         window.has_gradients = False
+
+    def _check_gradients(self, window: Window, optimizers: Optimizers) -> None:
+        """Refuse a loss that gave no gradient to any of the optimizers that it is for."""
+        if not any(map(_has_gradients, optimizers)):
+            raise DataError(
+                f"The loss of step {self._progress.step} gave no gradient to anything that {window} holds. "
+                "Name the optimizer that the loss is for: engine.update(loss, optimizer=...)."
+            )
 
     def _leave_out(self, window: Window) -> None:
         """Count an update of a window in which there was nothing to learn, or nothing that learns."""
@@ -322,34 +341,61 @@ class Update:
         window.num_made += 1
         self._progress.num_skipped_updates += 1
 
-    def _step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, *, skips: bool) -> bool:
-        """Step, unless this one is to be left out, and return whether that was done."""
+    def _step(self, optimizers: Optimizers, scaler: torch.amp.GradScaler | None, *, skips: bool) -> Optimizers:
+        """Step, unless this update is to be left out, and return the optimizers that did."""
         if scaler is None:
-            if not skips:
+            for optimizer in optimizers:
                 optimizer.step()
-            return not skips
-        stepped: list[bool] = []
-        hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
-        scale = scaler.get_scale() if _decides_on_device(optimizer) else None
-        if not skips:
+            return optimizers
+        stepped: list[torch.optim.Optimizer] = []
+        scale = scaler.get_scale() if any(map(_decides_on_device, optimizers)) else None
+        for optimizer in () if skips else filter(_has_gradients, optimizers):
+            hook = optimizer.register_step_post_hook(lambda optimizer, *_: stepped.append(optimizer))
             scaler.step(optimizer)
+            hook.remove()
         scaler.update()
-        hook.remove()
-        return bool(stepped) and (scale is None or scaler.get_scale() >= scale)
+        if scale is not None and scaler.get_scale() < scale:
+            stepped = [one for one in stepped if not _decides_on_device(one)]
+        # What holds nothing that learns goes along with the others, as it does without a scaler.
+        return tuple(one for one in optimizers if one in stepped or not _has_gradients(one)) if stepped else ()
 
-    def _open(self, name: str) -> Window:
-        """Return the first window of an optimizer, which must be there."""
-        window = Window(name)
-        window.scaler = copy.deepcopy(self.scaler)
-        self._optimizer(window).zero_grad()  # a loss without a name may have left gradients there
-        self._windows[name] = window
+    def _open(self, key: str) -> Window:
+        """Return the first window of an update, whose optimizers must be there, and step in no other."""
+        window = Window(key)
+        for other in self._windows.values():
+            if (both := set(window.names) & set(other.names)) and (other.num_made or other.has_gradients):
+                raise EngineStateError(
+                    f'"{min(both)}" steps in an update of {window}, and in this run in one of {other}, too. '
+                    "Give one of them an optimizer of its own."
+                )
+        window.scaler = copy.deepcopy(self._scaler)
+        for optimizer in self._optimizers(window):  # a loss without a name may have left gradients there
+            optimizer.zero_grad()
+        if MAIN in window.names:
+            self._windows.pop(MAIN, None)
+        self._windows[key] = window
         return window
 
-    def _optimizer(self, window: Window) -> torch.optim.Optimizer:
-        optimizer = self._parts.get(window.name)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            return optimizer
-        raise self._no_optimizer(window.name)
+    def _key(self, names: Any) -> str:
+        """Return the key of the names of several optimizers."""
+        if not isinstance(names, list | tuple) or not names:
+            raise self._no_optimizer(names)
+        for name in names:
+            if not isinstance(name, str):
+                raise self._no_optimizer(name)
+        return key_of(names)
+
+    def _optimizers(self, window: Window) -> Optimizers:
+        optimizers = []
+        for name in window.names:
+            optimizer = self._parts.get(name)
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise self._no_optimizer(name)
+            optimizers.append(optimizer)
+        return tuple(optimizers)
+
+    def _parameters(self, window: Window) -> list[torch.nn.Parameter]:
+        return [parameter for optimizer in self._optimizers(window) for parameter in parameters_of(optimizer)]
 
     def _no_optimizer(self, name: object) -> EngineStateError:
         optimizers = self._parts.optimizers()
@@ -379,6 +425,10 @@ def _clear_gradients(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
 
 
 def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,7 +1,8 @@
-"""The window of an update: what has come together for one optimizer since its last step."""
+"""The window of an update: what has come together since the last step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,16 @@ from torch import Tensor
 from .meter import as_tensor, widest
 
 MAIN = "optimizer"  # the part that is meant where no optimizer is named
+TOGETHER = " + "
+
+
+def key_of(names: Sequence[str]) -> str:
+    """Return one key for the names of several optimizers that step together.
+
+    >>> key_of(("muon", "adamw"))
+    'muon + adamw'
+    """
+    return TOGETHER.join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +37,32 @@ class WindowSize:
 
 
 class Window:
-    """What has come together for one optimizer.
+    """What has come together for one update: of one optimizer, or of several that step together.
+
+    Args:
+        key: the name of the optimizer's part; of several, what `key_of` returns.
 
     Attributes:
-        name: the name of the optimizer's part.
-        scaler: its loss scaler for float16, or None.
-        num_made: how often its optimizer was due to step.
+        names: the names of the optimizers' parts.
+        scaler: their loss scaler for float16, or None.
+        num_made: how often they were due to step.
         has_gradients: whether anything was differentiated since then.
         batches, samples: what is in the window; samples are a tensor where their numbers are.
         part: samples of a batch that comes in parts, of which not all are there yet.
         nominal: samples that the full window would have, judged by its first batch; 0 before that.
     """
 
-    __slots__ = ("batches", "has_gradients", "name", "nominal", "num_made", "part", "samples", "scaler")
+    __slots__ = ("batches", "has_gradients", "names", "nominal", "num_made", "part", "samples", "scaler")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, key: str) -> None:
+        self.names = tuple(key.split(TOGETHER))
         self.scaler: torch.amp.GradScaler | None = None
         self.num_made = 0
         self.has_gradients = False
         self.clear()
+
+    def __str__(self) -> str:
+        return " and ".join(f'"{name}"' for name in self.names)
 
     def clear(self) -> None:
         """Begin a new window."""
