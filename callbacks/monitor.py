@@ -78,12 +78,12 @@ class Monitor:
                 f'{self.owner} watches "{self.name}", but fit was given no validation data. '
                 f'Pass fit(train, val, ...), or watch "train_{self.name[4:]}".'
             )
-        has_validation = engine.run.has_validation
-        if not engine.stages.may_have(self.name, has_validation=has_validation):
-            raise self._missing(engine.stages.expected(has_validation=has_validation))
+        sets = engine.run.validation_sets
+        if not engine.stages.may_have(self.name, sets):
+            raise self._missing(engine.stages.expected(sets))
         self._warn_of_one_epoch(engine)
         if self.mode is None:
-            higher = engine.stages.higher_is_better(self.name)
+            higher = engine.stages.higher_is_better(self.name, sets)
             if higher is None:
                 raise ConfigurationError(
                     f'{self.owner} cannot know whether a higher or a lower "{self.name}" is better. '

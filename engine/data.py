@@ -8,10 +8,11 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from .errors import ConfigurationError, DataError
+from .errors import ConfigurationError, DataError, check_name
 from .workers import patient_workers
 
 Data = Iterable[Any] | Callable[[], Iterable[Any]]
+DataSets = Data | Mapping[str, Data]  # one data set, or several by name
 
 
 def check_data(name: str, data: object) -> None:
@@ -27,16 +28,40 @@ def check_data(name: str, data: object) -> None:
             f"{name} is {_kind(data)}, which is not an iterable of batches. "
             "Pass a DataLoader, a list of batches, or a function that returns one."
         )
-    several = (
-        list(data.values() if isinstance(data, Mapping) else data) if isinstance(data, Mapping | list | tuple) else []
-    )
-    if several and all(isinstance(item, DataLoader) for item in several):
+    if isinstance(data, Mapping):
         raise ConfigurationError(
-            f"{name} is {_kind(data)} of {len(several)} loaders, not of batches. "
+            f"{name} is {_kind(data)}, which would give its keys for batches. "
+            "Pass one data set; several, by name, can be validation data: fit(train, {'clean': a, 'noisy': b})."
+        )
+    if isinstance(data, list | tuple) and data and all(isinstance(item, DataLoader) for item in data):
+        raise ConfigurationError(
+            f"{name} is {_kind(data)} of {len(data)} loaders, not of batches. "
             "Pass one of them, or all of them in a row: lambda: itertools.chain(first, second)."
         )
     if num_batches(data) == 0:
         raise DataError(empty_message(name, data))
+
+
+def as_sets(name: str, data: Data | Mapping[str, Data]) -> dict[str, Data]:
+    """Return data sets by name, as they are evaluated one after the other; a single one has the name "".
+
+    Raises:
+        ConfigurationError, DataError: for a name that is none, and as `check_data` does.
+
+    >>> as_sets("val", [1, 2]), as_sets("val", {"clean": [1], "noisy": [2]})
+    ({'': [1, 2]}, {'clean': [1], 'noisy': [2]})
+    """
+    if not isinstance(data, Mapping):
+        check_data(name, data)
+        return {"": data}
+    if not data or not all(isinstance(one, str) and one for one in data):
+        raise ConfigurationError(
+            f"{name} has the names {list(data)}. Write each data set under a name: {{'clean': a, 'noisy': b}}."
+        )
+    for one, its_data in data.items():
+        check_name(one, ConfigurationError)
+        check_data(f"{name}[{one!r}]", its_data)
+    return dict(data)
 
 
 def num_batches(data: object) -> int | None:

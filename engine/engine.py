@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, final
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .batch import call_model, concatenate, tree_map
 from .callback import Callback, check_callbacks
-from .data import Data, check_data, empty_message, num_batches, one_pass
+from .data import Data, DataSets, as_sets, check_data, empty_message, num_batches, one_pass
 from .dispatch import Subscription
 from .divided import Division, take_shares
 from .errors import ConfigurationError, DataError, EngineStateError, whole_number
@@ -55,7 +56,7 @@ from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
 from .state import Found, find_state, load_state
 from .step import Step, StepFunction, StepOutput, as_step
 from .update import Update
-from .values import prefixed, scalars
+from .values import label, prefixed, scalars
 
 E = TypeVar("E", bound=Event)
 
@@ -76,6 +77,8 @@ class Engine:
         num_samples: ``num_samples(batch)`` tells by how much a batch counts in updates, averages and evaluations: a
             number or a tensor of one element, such as the number of tokens ``batch["mask"].sum()``. A loss is then a
             mean over those. By default, the first dimension of the batch's tensors.
+        fixed_validation_noise: let each validation and evaluation draw the same random numbers, so that one with noise
+            of its own (diffusion, a variational model) compares with the one before.
         parts: the named objects of the run, such as ``model=`` and ``optimizer=``.
 
     Raises:
@@ -108,6 +111,7 @@ class Engine:
         callbacks: Iterable[Callback] = (),
         seed: int | None = None,
         num_samples: Callable[[Any], float | Tensor] | None = None,
+        fixed_validation_noise: bool = False,
         **parts: Any,
     ) -> None:
         self.seed = None if seed is None else whole_number("seed", seed, least=0)
@@ -116,7 +120,7 @@ class Engine:
         self.stepper = step if step is None else as_step(step)
         self.epoch = self.step = self.validation_step = 0
         self.num_fits = self.num_validations = self.num_updates = self.num_skipped_updates = 0
-        check_parts(parts, ("step", "callbacks", "seed", "num_samples"))
+        check_parts(parts, ("step", "callbacks", "seed", "num_samples", "fixed_validation_noise"))
         self.parts = Parts(parts)
         self.history = History()
         self.ranks = Ranks()
@@ -125,6 +129,7 @@ class Engine:
         self.run: Run = NO_RUN
         self.listeners = Listeners(self)
         self.update = Update(self.parts, self.listeners, self, self.ranks, asks=num_samples is not None)
+        self._fixed_noise = fixed_validation_noise
         self._division = Division(self.seed, self.ranks)
         self._batch_ready = self.listeners.channel(BatchReady)
         self._step_end = self.listeners.channel(StepEnd)
@@ -139,25 +144,28 @@ class Engine:
     def fit(
         self,
         train: Data,
-        val: Data | None = None,
+        val: DataSets | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
         min_epochs: int = 0,
         epoch_length: int | None = None,
         validate_every: int | str | None = None,
+        limit: int | None = None,
         resume: str | Path | None = None,
     ) -> History:
         """Train on ``train``, validate on ``val``, and return the history.
 
-        How far a run goes (``epochs``, ``max_steps``, ``min_epochs``, ``epoch_length``) and when it validates
-        (``validate_every``) is described at `Plan`; for a resumed run, ``epochs`` and ``max_steps`` count from where
-        the run that is resumed began.
+        How far a run goes (``epochs``, ``max_steps``, ``min_epochs``, ``epoch_length``), when it validates
+        (``validate_every``), and how to try it with a little of the data (``limit``) is described at `Plan`. For a
+        resumed run, ``epochs`` and ``max_steps`` count from where the run that is resumed began.
 
         A second call continues where the first stopped, and so do the counters. A signal (SIGTERM, SIGUSR1, Ctrl-C)
         ends the run after the present step; ``history.exit_code`` says so.
 
-        ``train`` and ``val`` are iterables of batches, or functions that return one. ``resume`` is "auto" for the
+        ``train`` and ``val`` are iterables of batches, or functions that return one. ``val`` may be several of them by
+        name, ``{"clean": a, "noisy": b}``: then a validation goes through all, and its values are ``val_clean_loss``,
+        ``val_noisy_loss`` ... ``resume`` is "auto" for the
         newest checkpoint of the attached `RunCheckpoint`, or a fresh start if there is none; or the path of a
         checkpoint, or of a directory of them.
 
@@ -165,9 +173,9 @@ class Engine:
             ConfigurationError, DataError, CheckpointError: for what cannot work, before the first step where it can
                 be known.
         """
-        plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every)
-        feed, step = self._expect(plan, train, val)
-        loop = self._epochs(plan, feed, has_validation=val is not None, resume=resume)
+        plan = Plan(epochs, max_steps, min_epochs, epoch_length, validate_every, limit)
+        feed, step, sets = self._expect(plan, train, val)
+        loop = self._epochs(plan, feed, sets, resume)
         try:
             for _ in loop:
                 self._repeat_cut_validation(val)
@@ -194,7 +202,7 @@ class Engine:
     ) -> Iterator[int]:
         """Run epochs in your own loop: ``for epoch in engine.epochs(20): ...``; yields the epoch's number."""
         feed = self._feed(None)
-        return self._epochs(Plan(epochs, max_steps, min_epochs), feed, has_validation=None, resume=resume)
+        return self._epochs(Plan(epochs, max_steps, min_epochs), feed, None, resume)
 
     def train(self, data: Data) -> Iterator[Any]:
         """Yield each training batch; the loop body is the training step. It ends with the epoch."""
@@ -214,9 +222,14 @@ class Engine:
                 reading = False
                 self.step = step = step + 1
                 if step >= batch_ready.due:
+                    run.may_skip_batch = True
                     batch = batch_ready.transform(lambda batch: BatchReady(self, batch), batch, step)
-                stage.batch, stage.output, stage.target = batch, None, NOTHING
-                yield batch
+                    run.may_skip_batch = False
+                    if run.skips_batch:
+                        run.settle_batch(step)
+                if step > run.ended_step:  # not left out
+                    stage.batch, stage.output, stage.target = batch, None, NOTHING
+                    yield batch
                 if step >= step_end.due and step > run.ended_step:  # a validation in the loop's body has ended it
                     run.ended_step = step
                     step_end.emit(StepEnd(self, batch, stage.output), step)
@@ -236,8 +249,11 @@ class Engine:
             self.current = CurrentStage()
         self._end_training(run)
 
-    def validate(self, data: Data) -> Iterator[Any]:
-        """Yield each validation batch, in eval mode and without gradients; training continues unchanged afterwards."""
+    def validate(self, data: DataSets) -> Iterator[Any]:
+        """Yield each validation batch, in eval mode and without gradients; training continues unchanged afterwards.
+
+        Of several data sets by name, all are read, one after the other: ``engine.current.dataset`` is the present one.
+        """
         run = self._require_run("validate")
         self._end_step(run)
         if not run.begin_validation(in_step=self.current is run.training_stage):
@@ -245,20 +261,22 @@ class Engine:
         self.num_validations += 1
         step_end = self._validation_step_end
         step_end.rewind()  # its counter begins again at 1
-        with self._evaluation("val", data) as stage:
+        sets = as_sets("val", data)
+        with self._evaluation("val", sets):
             self.emit(ValidationStart(self))
-            for batch in self._evaluation_batches("val", data):
+            for batch in self._evaluation_batches("val", sets, run.plan.limit):
                 yield batch
                 if self.validation_step >= step_end.due:
-                    step_end.emit(ValidationStepEnd(self, batch, stage.output), self.validation_step)
+                    event = ValidationStepEnd(self, batch, self.output, self.current.dataset)
+                    step_end.emit(event, self.validation_step)
                 if run.cuts_validation:
                     run.cut_validation()
                     self.num_validations -= 1
                     return
-            metrics = prefixed("val", self.stages["val"].compute())
+            metrics = self._values_of("val", sets)
             run.end_validation(metrics)
             trained = {} if run.data_exhausted else prefixed("train", self.stages["train"].since_mark())
-            self.history.add_validation(self.epoch, self.step, trained | scalars(metrics))
+            self.history.add_validation(self.epoch, self.step, trained | scalars(metrics), sets)
             self.emit(ValidationEnd(self, metrics))
 
     # What a step calls ---------------------------------------------------------------------------------
@@ -310,16 +328,18 @@ class Engine:
 
     # Evaluation ----------------------------------------------------------------------------------------
 
-    def evaluate(self, data: Data) -> dict[str, Any]:
+    def evaluate(self, data: DataSets) -> dict[str, Any]:
         """Return ``{"loss": ..., "acc": ...}`` over ``data``, without changing the run.
 
-        Scalars are floats; any other metric (a confusion matrix) is a tensor on the CPU.
+        Scalars are floats; any other metric (a confusion matrix) is a tensor on the CPU. Of several data sets by name,
+        the values are ``{"clean_loss": ..., "noisy_loss": ...}``.
         """
-        step = self._require_step()
-        with self._evaluation("test", data):
-            for batch in self._evaluation_batches("data", data):
+        step, sets = self._require_step(), as_sets("data", data)
+        with self._evaluation("test", sets):
+            for batch in self._evaluation_batches("data", sets):
                 self._record_output(step.evaluate(self, batch))
-            return self.stages["test"].compute()
+            values = self._values_of("test", sets)
+        return {name.removeprefix("test_"): value for name, value in values.items()}
 
     def predict(self, data: Data, *, output: Callable[[Any], Any] | None = None, join: bool = True) -> Any:
         """Return the outputs of the part ``model`` over ``data``, on the CPU; on several ranks, each returns all.
@@ -369,8 +389,9 @@ class Engine:
             raise ConfigurationError(f"output is {output!r}, not a function. Write output=lambda output: ...")
 
         def loop() -> Iterator[tuple[Any, Any]]:
-            with self._evaluation("predict", data):
-                for batch in self._evaluation_batches("data", data):
+            check_data("data", data)
+            with self._evaluation("predict", {"": data}):
+                for batch in self._evaluation_batches("data", {"": data}):
                     with self.scope("forward"):
                         made = call_model(self.parts["model"], step.inputs(batch))
                     yield batch, made if output is None else output(made)
@@ -400,40 +421,58 @@ class Engine:
             self.current = outer
 
     @contextmanager
-    def _evaluation(self, name: str, data: Data) -> Iterator[CurrentStage]:
-        """Be in a stage of evaluation, with a fresh record; all is undone at the end."""
-        check_data("val" if name == "val" else "data", data)
-        outer, stage = self.current, CurrentStage(name, self.stages[name], num_batches(data))
-        self.stages[name].reset()
+    def _evaluation(self, name: str, sets: Mapping[str, Data]) -> Iterator[None]:
+        """Be in a stage of evaluation, with fresh records; all is undone at the end."""
+        outer = self.current
         outer_step, self.validation_step = self.validation_step, 0
-        generators = generator_states(data)
+        generators = [generator_states(data) for data in sets.values()]
+        for one in sets:
+            self.stages[label(name, one)].reset()
         try:
             with self.evaluating():
-                self.current = stage
-                yield stage
+                if self._fixed_noise:
+                    seed_everything(self.ranks.seed(self.seed or 0))
+                self.current = self._stage_of(name, sets, next(iter(sets)))
+                yield
         finally:
-            set_generator_states(data, generators)
+            for data, states in zip(sets.values(), generators, strict=True):
+                set_generator_states(data, states)
             self.current = outer
             if outer.name not in ("", "train"):  # an evaluation within a validation
                 self.validation_step = outer_step
 
-    def _evaluation_batches(self, name: str, data: Data) -> Iterator[Any]:
-        batches, current = self._read(name, data), self.current
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            except Exception as error:
-                self._add_reading_note(error, current.name, self.validation_step + 1)
-                raise
-            self.validation_step += 1
-            if self.step >= self._batch_ready.due:
-                batch = self._batch_ready.transform(lambda batch: BatchReady(self, batch), batch, self.step)
-            current.batch, current.output, current.target = batch, None, NOTHING
-            yield batch
-        if not self.validation_step:
-            raise DataError(empty_message(name, data))
+    def _stage_of(self, name: str, sets: Mapping[str, Data], one: str) -> CurrentStage:
+        lengths = [num_batches(data) for data in sets.values()]
+        length = None if None in lengths else sum(number or 0 for number in lengths)
+        return CurrentStage(name, self.stages[label(name, one)], length, one)
+
+    def _evaluation_batches(self, what: str, sets: Mapping[str, Data], limit: int | None = None) -> Iterator[Any]:
+        """Yield the batches of each data set; ``what`` names the argument, for messages."""
+        for one, data in sets.items():
+            self.current = current = self._stage_of(self.current.name, sets, one)
+            batches, before = islice(self._read(what, data), limit), self.validation_step
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    self._add_reading_note(error, label(current.name, one), self.validation_step - before + 1)
+                    raise
+                self.validation_step += 1
+                if self.step >= self._batch_ready.due:
+                    batch = self._batch_ready.transform(lambda batch: BatchReady(self, batch), batch, self.step)
+                current.batch, current.output, current.target = batch, None, NOTHING
+                yield batch
+            if self.validation_step == before:
+                raise DataError(empty_message(f"{what}[{one!r}]" if one else what, data))
+
+    def _values_of(self, name: str, sets: Iterable[str]) -> dict[str, Any]:
+        """Return what a stage's data sets have recorded, under their names."""
+        values: dict[str, Any] = {}
+        for one in sets:
+            values |= prefixed(label(name, one), self.stages[label(name, one)].compute())
+        return values
 
     def _read(self, name: str, data: Data) -> Iterator[Any]:
         """Return the batches of an evaluation, of which each of several ranks reads its part."""
@@ -441,13 +480,13 @@ class Engine:
             return one_pass(data)
         return take_shares(self._division.of(name, data).begin(0, skip=0), self)
 
-    def _validate(self, val: Data | None) -> None:
+    def _validate(self, val: DataSets | None) -> None:
         if val is not None:
             step = self._require_step()
             for batch in self.validate(val):
                 self._record_output(step.evaluate(self, batch))
 
-    def _repeat_cut_validation(self, val: Data | None) -> None:
+    def _repeat_cut_validation(self, val: DataSets | None) -> None:
         """Make the validation in mid-epoch in which the run that is resumed was interrupted."""
         run = self.run
         if run.validation_was_cut and not run.data_exhausted:
@@ -456,7 +495,7 @@ class Engine:
     # The life of a run ---------------------------------------------------------------------------------
 
     def _epochs(
-        self, plan: Plan, feed: Feed, *, has_validation: bool | None, resume: str | Path | None
+        self, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, resume: str | Path | None
     ) -> Generator[int, None, None]:
         """Yield each epoch; begin the run before the first and end it after the last, however it ends."""
         if self.run is not NO_RUN:
@@ -464,12 +503,12 @@ class Engine:
         check_joined(self.ranks)
         with self.scope("lock"):
             found = None if resume is None else find_state(self, resume)
-            yield from self._epochs_from(found, plan, feed, has_validation, is_resuming=resume is not None)
+            yield from self._epochs_from(found, plan, feed, sets, is_resuming=resume is not None)
 
     def _epochs_from(
-        self, found: Found | None, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool
+        self, found: Found | None, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool
     ) -> Generator[int, None, None]:
-        run = self._begin_run(plan, feed, has_validation, is_resuming=is_resuming)
+        run = self._begin_run(plan, feed, sets, is_resuming=is_resuming)
         try:
             with self.parts.preserve_modes(), self.scope("fit"), handled_signals(run.interrupt):
                 try:
@@ -498,7 +537,7 @@ class Engine:
             run.close()
             self.run, self.current = NO_RUN, CurrentStage()
 
-    def _begin_run(self, plan: Plan, feed: Feed, has_validation: bool | None, *, is_resuming: bool) -> Run:
+    def _begin_run(self, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool) -> Run:
         if self.epoch:
             logger.info("Continuing from epoch %d, step %d.", self.epoch, self.step)
         elif self.seed is not None:
@@ -513,7 +552,7 @@ class Engine:
             self.ranks,
             epoch=self.epoch,
             step=self.step,
-            has_validation=has_validation,
+            validation_sets=sets,
             is_resuming=is_resuming,
         )
         return self.run
@@ -546,7 +585,7 @@ class Engine:
         if run.interrupted or (self.epoch_step and run.ends_epoch):
             return iter(())  # as when resumed after the last batch of an epoch, whose end is still to come
         batches = run.feed.begin(data, self.epoch, self.step)
-        run.epoch_length = run.plan.epoch_length or run.feed.length
+        run.epoch_length = run.plan.length_of_epoch(run.feed.length)
         run.settle(self.epoch, self.step)
         return take_shares(batches, self) if self.ranks.several else batches
 
@@ -623,20 +662,25 @@ class Engine:
 
     # Small things --------------------------------------------------------------------------------------
 
-    def _expect(self, plan: Plan, train: Data, val: Data | None) -> tuple[Feed, Callable[[Any], StepOutput]]:
-        """Refuse what a fit could not run with, before it begins; return its feed, and what trains on a batch."""
+    def _expect(
+        self, plan: Plan, train: Data, val: DataSets | None
+    ) -> tuple[Feed, Callable[[Any], StepOutput], tuple[str, ...]]:
+        """Refuse what a fit could not run with, before it begins.
+
+        Return its feed, what trains on a batch, and the names of the validation data.
+        """
         step, feed = self._require_step(), self._feed(plan.epoch_length)
         feed.open(train)
-        if val is not None:
-            check_data("val", val)
-            if self.ranks.several:
-                self._division.of("val", val)
-        elif plan.validate_every is not None:
+        sets = {} if val is None else as_sets("val", val)
+        if self.ranks.several:
+            for data in sets.values():
+                self._division.of("val", data)
+        if not sets and plan.validate_every is not None:
             raise ConfigurationError(
                 f"validate_every={plan.validate_every!r} was passed without validation data. "
                 "Pass them, too: fit(train, val, ...); or leave it out."
             )
-        return feed, partial(step.train, self)
+        return feed, partial(step.train, self), tuple(sets)
 
     def _feed(self, epoch_length: int | None) -> Feed:
         return Feed(self.seed, epoch_length, self._division if self.ranks.several else None)

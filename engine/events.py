@@ -146,10 +146,14 @@ class ValidationStart(Event):
 
 @dataclass(frozen=True, slots=True)
 class ValidationStepEnd(Event):
-    """A validation batch is done; ``engine.validation_step`` is its number within this validation."""
+    """A validation batch is done; ``engine.validation_step`` is its number within this validation.
+
+    ``dataset`` is the name of its validation set; "" if there is one without a name.
+    """
 
     batch: Any
     output: Any
+    dataset: str = ""
     counter: ClassVar[str] = "validation_step"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigurationError, did_you_mean
 from .optional import import_optional
 from .table import Table, unpack
+from .values import label
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +33,8 @@ class History(Mapping[str, list[float]]):
     validation has NaN in the ``val_*`` columns; one with several has the last. All of them, each with its
     step, are in ``validations``; one in mid-epoch has the averages of the training steps, too, since the
     one before it or the epoch's start, whichever is later.
-    ``reason`` says why the run ended.
+    ``reason`` says why the run ended; ``validation_sets`` has the names of validation sets, whose values are
+    ``val_clean_loss`` and the like.
 
     >>> history = History()
     >>> history.add_epoch(1, 12, {"train_loss": 0.5})
@@ -43,6 +45,7 @@ class History(Mapping[str, list[float]]):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
+        self.validation_sets: list[str] = []
         self._tables = Table(), Table()
         self.reason = ""
         self.interrupted: signal.Signals | None = None
@@ -56,8 +59,9 @@ class History(Mapping[str, list[float]]):
         """Append a row."""
         self.rows.append({"epoch": epoch, "step": step, **values})
 
-    def add_validation(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Append the values of one validation."""
+    def add_validation(self, epoch: int, step: int, values: Mapping[str, float], sets: Iterable[str] = ()) -> None:
+        """Append the values of one validation; ``sets`` are the names of the data sets that have one."""
+        self.validation_sets += [name for name in sets if name and name not in self.validation_sets]
         self.validations.append({"epoch": epoch, "step": step, **values})
 
     def __getitem__(self, name: str) -> list[float]:
@@ -120,8 +124,21 @@ class History(Mapping[str, list[float]]):
 
     def curves(self) -> list[str]:
         """Return the names that can be drawn, without their stage: ``["loss", "acc"]``."""
-        staged = (name.split("_", 1) for name in self if name.startswith(("train_", "val_")))
-        return list(dict.fromkeys(name for _, name in staged))
+        staged = [self._place(name) for name in self if name.startswith(("train_", "val_"))]
+        return list(dict.fromkeys(name for _, _, name in staged))
+
+    def _place(self, name: str) -> tuple[str, str, str]:
+        """Return the stage of a value, the name of its validation set or "", and its own name.
+
+        >>> history = History()
+        >>> history.add_validation(1, 1, {"val_clean_loss": 0.5}, sets=["clean"])
+        >>> history._place("val_clean_loss"), history._place("train_loss")
+        (('val', 'clean', 'loss'), ('train', '', 'loss'))
+        """
+        stage, _, short = name.partition("_")
+        sets = sorted(self.validation_sets, key=len, reverse=True) if stage == "val" else []
+        found = next((one for one in sets if short.startswith(f"{one}_")), "")
+        return stage, found, short[len(found) + 1 :] if found else short
 
     def plot(self, *names: str) -> Figure:
         """Draw training and validation curves and return the matplotlib figure.
@@ -157,13 +174,12 @@ class History(Mapping[str, list[float]]):
         train = sorted(
             [*between, *(row for row in self.rows if row["epoch"] not in drawn)], key=lambda row: row["step"]
         )
-        for stage, rows, colour in (
-            ("train", train, "tab:blue"),
-            ("val", self.validations, "tab:orange"),
-        ):
-            points = [(row[unit], row[f"{stage}_{name}"]) for row in rows if f"{stage}_{name}" in row]
+        lines = [("train", "training", train)]
+        lines += [(label("val", one), _in_words(one), self.validations) for one in ("", *self.validation_sets)]
+        for number, (prefix, words, rows) in enumerate(lines):
+            points = [(row[unit], row[f"{prefix}_{name}"]) for row in rows if f"{prefix}_{name}" in row]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=STAGES[stage])
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{number}", label=words)
         axes.set(title=name, xlabel=unit, ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -171,9 +187,18 @@ class History(Mapping[str, list[float]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return rows and validations as tensors, see `Table`."""
-        return {"rows": self._tables[0].pack(self.rows), "validations": self._tables[1].pack(self.validations)}
+        return {
+            "rows": self._tables[0].pack(self.rows),
+            "validations": self._tables[1].pack(self.validations),
+            "validation_sets": list(self.validation_sets),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.rows, self.validations = unpack(state["rows"]), unpack(state["validations"])
+        self.validation_sets = list(state["validation_sets"])
         self._tables = Table(), Table()
+
+
+def _in_words(validation_set: str) -> str:
+    return f"validation, {validation_set}" if validation_set else "validation"

@@ -21,6 +21,8 @@ class Plan:
         epoch_length: steps in an epoch; by default an epoch is one pass over the data.
         validate_every: a number in the run's own unit (epochs, or steps in a run by ``max_steps`` alone), or
             with the unit said: ``"500 steps"``, ``"2 epochs"``. Default: after each epoch.
+        limit: read only so many batches in each epoch and of each validation set, for a trial of everything
+            else. Each epoch begins the data anew; so without shuffling, all epochs have the same batches.
 
     Raises:
         ConfigurationError: naming the setting that cannot work.
@@ -31,6 +33,7 @@ class Plan:
     min_epochs: int = 0
     epoch_length: int | None = None
     validate_every: int | str | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.max_steps is None:
@@ -41,6 +44,13 @@ class Plan:
             whole_number("max_steps", self.max_steps, least=0)
         if self.epoch_length is not None:
             whole_number("epoch_length", self.epoch_length, least=1)
+        if self.limit is not None:
+            whole_number("limit", self.limit, least=1)
+            if self.epoch_length is not None:
+                raise ConfigurationError(
+                    f"limit={self.limit} and epoch_length={self.epoch_length} both say how long an epoch is. "
+                    "Pass one of them."
+                )
         whole_number("min_epochs", self.min_epochs, least=0)
         if self.epochs is not None and self.min_epochs > self.epochs:
             raise ConfigurationError(
@@ -53,6 +63,16 @@ class Plan:
         if by_steps:
             return f"max_steps={self.max_steps} reached"
         return f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} done"
+
+    def length_of_epoch(self, num_batches: int | None) -> int | None:
+        """Return the steps of an epoch, given the batches of one pass over the data; None where that is unknown.
+
+        >>> Plan(epochs=1, limit=3).length_of_epoch(100), Plan(epochs=1).length_of_epoch(100)
+        (3, 100)
+        """
+        if self.epoch_length is not None:
+            return self.epoch_length
+        return num_batches if num_batches is None or self.limit is None else min(num_batches, self.limit)
 
     def num_steps(self, epoch_length: int | None) -> int | None:
         """Return how many steps that makes, given the steps of an epoch where they are known; None if unknown.

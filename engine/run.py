@@ -36,11 +36,15 @@ class Phase(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a handler or a signal decides for a run: its end, for a reason; its interruption; or a checkpoint."""
+    """What a handler or a signal decides for a run.
+
+    Its end, for a reason; its interruption; a checkpoint; or the end of the present epoch.
+    """
 
     stop: str | None = None
     interrupt: signal.Signals | None = None
     save: bool = False
+    end_epoch: bool = False
 
 
 class Run:
@@ -54,7 +58,8 @@ class Run:
         epoch, step: the engine's counters when the run begins.
         feed: its training data.
         ranks: the processes that make the run together.
-        has_validation: whether there are validation data; None where that is unknown (script style).
+        validation_sets: the names of the validation data; none if there are no such data, and None where that is
+            unknown (script style).
         is_resuming: whether the run was asked to resume an earlier one.
 
     Attributes:
@@ -73,14 +78,18 @@ class Run:
         last_validation: the values of the newest validation of the present epoch.
         due: the loop need not settle anything before this step.
         ends_epoch: whether no further batch of the present epoch is to be read.
+        may_skip_batch: whether a training batch was read and is not used yet.
+        skips_batch: whether that batch is to be left out.
+        num_skipped_batches: how many were left out, also before a resume.
     """
 
     __slots__ = (
-        "_agreement", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
+        "_agreement", "_ends_epoch_early", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
         "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step",
-        "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "has_validation", "interrupted",
-        "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "phase", "plan", "ranks",
-        "save_is_due", "step_before_epoch", "stop_reason", "training_stage", "validation_was_cut",
+        "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "interrupted", "is_over", "is_resuming",
+        "last_epoch", "last_step", "last_validation", "may_skip_batch", "num_skipped_batches", "phase", "plan",
+        "ranks", "save_is_due", "skips_batch", "step_before_epoch", "stop_reason", "training_stage",
+        "validation_sets", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
@@ -91,20 +100,20 @@ class Run:
         *,
         epoch: int,
         step: int,
-        has_validation: bool | None,
+        validation_sets: tuple[str, ...] | None,
         is_resuming: bool,
     ) -> None:
         self.plan = plan
         self.feed = feed
         self.ranks = ranks
         self._agreement = Agreement[Decision](ranks) if ranks.several else None
-        self.has_validation = has_validation
+        self.validation_sets = validation_sets
         self.is_resuming = is_resuming
         self.first_epoch, self.first_step = epoch, step
         self.last_epoch, self.last_step = self._goal()
         self.phase = Phase.BETWEEN
         self.training_stage = CurrentStage()
-        self.epoch_length = plan.epoch_length or feed.length
+        self.epoch_length = plan.length_of_epoch(feed.length)
         self.step_before_epoch = self.ended_step = step
         self.stop_reason: str | None = None
         self.interrupted: signal.Signals | None = None
@@ -114,6 +123,9 @@ class Run:
         self.last_validation: dict[str, Any] = {}
         self.due = 0
         self.ends_epoch = False
+        self.may_skip_batch = self.skips_batch = False
+        self.num_skipped_batches = 0
+        self._ends_epoch_early = False  # whether somebody asked for the end of the present epoch
         self._save_was_asked = False
         self._is_updating = False  # whether an update is about to be made
         self._skips_update = False
@@ -139,6 +151,14 @@ class Run:
         """Stop after the current step and leave the epoch open, so that a checkpoint can resume it."""
         self._decide(Decision(interrupt=signal))
 
+    def end_epoch(self) -> None:
+        """End the epoch after the present step: its validation and its `EpochEnd` are next.
+
+        Does nothing where the epoch's training is over.
+        """
+        if not self.data_exhausted:
+            self._decide(Decision(end_epoch=True))
+
     def save(self) -> None:
         """Ask for a checkpoint as soon as the present step has settled."""
         self._decide(Decision(save=True))
@@ -159,11 +179,36 @@ class Run:
             self.interrupted = self.interrupted or decision.interrupt
         if decision.stop is not None:
             self.stop_reason = self.stop_reason or decision.stop
+        if decision.end_epoch:
+            self._ends_epoch_early = not self.data_exhausted
         if decision.save:
             self._save_was_asked = True
-        else:
+        elif not decision.end_epoch or self._ends_epoch_early:
             self.ends_epoch = True
         self.due = 0
+
+    def skip_batch(self) -> None:
+        """Leave out the training batch that was just read; for handlers of `BatchReady`.
+
+        It counts as a step in which nothing is done: there is no loss, no update and no `StepEnd`.
+
+        Raises:
+            EngineStateError: at any other moment.
+        """
+        if not self.may_skip_batch:
+            raise EngineStateError(
+                "skip_batch was called when no training batch had just been read. "
+                "Call it in a handler of BatchReady, if event.engine.training."
+            )
+        self.skips_batch = True
+
+    def settle_batch(self, step: int) -> None:
+        """Take note that the batch of ``step`` is left out, if somebody asked for that."""
+        self.may_skip_batch = False
+        if self.skips_batch:
+            self.skips_batch = False
+            self.num_skipped_batches += 1
+            self.ended_step = step
 
     def skip_update(self) -> None:
         """Leave out the update that is about to be made; for handlers of `GradientsReady`.
@@ -195,7 +240,7 @@ class Run:
         if is_announced:
             self.save_is_due, self._save_was_asked = self._save_was_asked, False
         self.due = 0 if self.save_is_due or self._save_was_asked else int(min(self.epoch_goal, NEVER))
-        self.ends_epoch = self.stop_reason is not None or step >= self.epoch_goal
+        self.ends_epoch = self._ends_epoch_early or self.stop_reason is not None or step >= self.epoch_goal
         if self.interrupted is not None:  # looked at last, because a signal may come at any moment
             self.due, self.ends_epoch = 0, True
         if self._agreement is not None:
@@ -228,7 +273,13 @@ class Run:
     @property
     def epoch_goal(self) -> float:
         """The step after which the training of the present epoch ends; infinite if only the data can end it."""
-        return min(self.last_step, self.step_before_epoch + (self.plan.epoch_length or math.inf))
+        length = self.plan.epoch_length or self.plan.limit or math.inf
+        return min(self.last_step, self.step_before_epoch + length)
+
+    @property
+    def has_validation(self) -> bool | None:
+        """Whether there are validation data; None where that is unknown."""
+        return None if self.validation_sets is None else bool(self.validation_sets)
 
     @property
     def is_cut(self) -> bool:
@@ -241,6 +292,7 @@ class Run:
         self.training_stage = CurrentStage("train", record)
         self.step_before_epoch = step
         self.last_validation = {}
+        self._ends_epoch_early = False
         self._num_passes = self._num_passes_to_skip = 0
         self._num_validated = self._num_validations_to_skip = 0
 
@@ -351,6 +403,8 @@ class Run:
             "epoch_length": self.epoch_length,
             "phase": int(self.phase),
             "stop_reason": self.stop_reason,
+            "ends_epoch_early": self._ends_epoch_early,
+            "num_skipped_batches": self.num_skipped_batches,
             "num_passes": self._num_passes,
             "num_validated": self._num_validated,
             "validation_was_cut": self.validation_was_cut,
@@ -369,6 +423,8 @@ class Run:
         self.ended_step = step
         if not self.plan.reaches_further(**state["plan"]):
             self.stop_reason = self.stop_reason or state["stop_reason"]
+        self._ends_epoch_early = state["ends_epoch_early"]
+        self.num_skipped_batches = state["num_skipped_batches"]
         self._num_passes = self._num_passes_to_skip = state["num_passes"]
         self._num_validated = self._num_validations_to_skip = state["num_validated"]
         self.validation_was_cut = state["validation_was_cut"]

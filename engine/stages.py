@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .meter import as_weight, described
 from .metric import ComputedMetric, Metric, as_metrics, higher_is_better, names_of
 from .ranks import Ranks, Share
 from .record import Record
-from .values import prefixed
+from .values import label, prefixed
 
 
 class Nothing(enum.Enum):
@@ -32,7 +32,8 @@ class CurrentStage:
     Attributes:
         name: "train", "val", "test" or "predict"; "" between stages.
         record: its averages and metrics; None between stages.
-        length: its number of batches; None where that is unknown.
+        length: its number of batches, those of all validation sets together; None where that is unknown.
+        dataset: the name of the present one of several validation sets, or "".
         batch: the present batch.
         output: what the step gave to ``engine.measure`` for the batch, or else returned.
         target: what the step gave to ``engine.measure`` beside the output; `NOTHING` if it measured nothing.
@@ -40,12 +41,15 @@ class CurrentStage:
         is_stand_in: whether the batch is there only for the communication, because this rank has no part of the whole.
     """
 
-    __slots__ = ("batch", "is_stand_in", "length", "name", "output", "record", "share", "target")
+    __slots__ = ("batch", "dataset", "is_stand_in", "length", "name", "output", "record", "share", "target")
 
-    def __init__(self, name: str = "", record: Record | None = None, length: int | None = None) -> None:
+    def __init__(
+        self, name: str = "", record: Record | None = None, length: int | None = None, dataset: str = ""
+    ) -> None:
         self.name = name
         self.record = record
         self.length = length
+        self.dataset = dataset
         self.batch: Any = None
         self.output: Any = None
         self.target: Any = NOTHING
@@ -70,7 +74,7 @@ class CurrentStage:
 
     def peek(self) -> dict[str, float]:
         """Return the newest averages that have reached the host, without waiting for the device."""
-        return {} if self.record is None else prefixed(self.name, self.record.peek())
+        return {} if self.record is None else prefixed(label(self.name, self.dataset), self.record.peek())
 
 
 def refuse_outside_a_stage() -> NoReturn:
@@ -102,6 +106,8 @@ def checked_count(function: Callable[[Any], float | Tensor]) -> Callable[[Any], 
 
 class Stages:
     """The records of the stages ("train", "val", "test"), and the metrics of which each has its own copy.
+
+    Validation data with names have a record each, such as "val_clean".
 
     Args:
         ranks: over which averages and metrics are put together.
@@ -154,32 +160,47 @@ class Stages:
             self._records[stage] = Record(self._measured(stage), self._ranks, **self._counts)
         return self._records[stage]
 
-    def expected(self, *, has_validation: bool | None) -> list[str]:
+    def expected(self, sets: Collection[str] | None) -> list[str]:
         """Return the names a run will have, such as ``val_acc``; empty where they cannot be known.
 
         Args:
-            has_validation: whether there will be validations; None where that is unknown, too.
+            sets: the names of the validation data; "" is that of a single one. None where that is unknown.
         """
         if not self.directions:
             return []
-        stages = ("train",) if has_validation is False else ("train", "val")
-        measured = {stage: [n for key, m in self._measured(stage).items() for n in _names(key, m)] for stage in stages}
-        return [f"{stage}_{name}" for stage in stages for name in (*self.directions, *measured[stage])]
+        return [f"{one}_{name}" for one in _labels(sets) for name in self._recorded(one)]
 
-    def may_have(self, name: str, *, has_validation: bool | None) -> bool:
+    def may_have(self, name: str, sets: Collection[str] | None) -> bool:
         """Return whether a run may have a value of this name, as far as can be known beforehand."""
-        expected = self.expected(has_validation=has_validation)
-        stage, _, short = name.partition("_")
-        collections = [key for key, metric in self._measured(stage).items() if isinstance(metric, ComputedMetric)]
-        return not expected or name in expected or short.startswith(tuple(f"{key}_" for key in collections))
+        expected = self.expected(sets)
+        if not expected or name in expected:
+            return True
+        if sets is None and name.startswith("val_") and name.endswith(tuple(f"_{one}" for one in self._names())):
+            return True  # of a validation set with a name
+        starts = [
+            f"{one}_{key}_"
+            for one in _labels(sets)
+            for key, metric in self._measured(one).items()
+            if isinstance(metric, ComputedMetric)
+        ]
+        return name.startswith(tuple(starts))
 
-    def higher_is_better(self, name: str) -> bool | None:
+    def higher_is_better(self, name: str, sets: Collection[str] | None = None) -> bool | None:
         """Return whether more of a value such as ``val_acc`` is better; None where nothing says so."""
-        name = name.partition("_")[2]
-        for key, metric in self._metrics.items():
-            if name in _names(key, metric):
-                return higher_is_better(metric)
-        return self.directions.get(name)
+        shorts = [name.removeprefix(f"{one}_") for one in _labels(sets) if name.startswith(f"{one}_")]
+        if sets is None:
+            shorts += [one for one in self._names() if name.endswith(f"_{one}")]
+        for short in shorts:
+            for key, metric in self._metrics.items():
+                if short in _names(key, metric):
+                    return higher_is_better(metric)
+            if short in self.directions:
+                return self.directions[short]
+        return None
+
+    def _recorded(self, stage: str) -> list[str]:
+        """Return the names of the values of a stage, without its own."""
+        return [*self.directions, *(n for key, metric in self._measured(stage).items() for n in _names(key, metric))]
 
     def _measured(self, stage: str) -> dict[str, Metric]:
         return {
@@ -188,6 +209,10 @@ class Stages:
 
     def _names(self) -> set[str]:
         return {name for key, metric in self._metrics.items() for name in _names(key, metric)} | set(self.directions)
+
+
+def _labels(sets: Collection[str] | None) -> list[str]:
+    return ["train", *(label("val", one) for one in ([""] if sets is None else sets))]
 
 
 def _names(key: str, metric: Metric) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import nn
 from .callback import Callback
 from .checkpoint import CheckpointDirectory, check_plain, load_verified
 from .errors import CheckpointError, ConfigurationError
+from .migration import FORMAT, migrated
 from .record import Record
 from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
 from .sharded import like_module, like_optimizer, made_whole
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("camshaft")
 
-FORMAT = 4
 Found = tuple[dict[str, Any], Path]
 # The types in a state, by key: what is loaded into our own objects is checked for them before anything is loaded.
 _COUNTERS = {"epoch": int, "step": int, "num_validations": int, "num_updates": int, "num_skipped_updates": int}
@@ -41,6 +41,8 @@ _RUN = {
     "epoch_length": (int, NoneType),
     "phase": int,
     "stop_reason": (str, NoneType),
+    "ends_epoch_early": bool,
+    "num_skipped_batches": int,
     "num_passes": int,
     "num_validated": int,
     "validation_was_cut": bool,
@@ -58,7 +60,7 @@ SHAPE = {
     "parts": dict,
     "update": dict,
     "ranks": list,  # of what each rank has of its own
-    "history": {"rows": _TABLE, "validations": _TABLE},
+    "history": {"rows": _TABLE, "validations": _TABLE, "validation_sets": list},
     "callbacks": dict,
 }
 _RANK = {"rng": dict, "train": {"earlier": dict, "meters": dict, "metrics": dict}}
@@ -112,12 +114,14 @@ def find_state(engine: Engine, resume: str | Path) -> Found | None:
     )
     if found is not None:
         state, source = found
+        state = _in_present_format(state, source)
         _check_shape(state, source)
         _check_fit(engine, state, source, is_complete=False)
         saved = state["callbacks"]
         for name, callback in named_callbacks(engine.listeners.callbacks).items():
             if name in saved and _is_here(engine, callback):
                 callback.before_resume(saved[name])
+        found = state, source
     return found
 
 
@@ -263,13 +267,18 @@ def named_callbacks(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     return named
 
 
+def _in_present_format(state: dict[str, Any], source: Path) -> dict[str, Any]:
+    try:
+        present: dict[str, Any] = migrated(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} cannot be resumed. {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _not_a_checkpoint(source, f"as one of format {state['format']} it has an error, {error!r}") from error
+    return present
+
+
 def _check_shape(state: object, source: Path) -> None:
-    """Refuse a file of another format, or one that does not hold what a checkpoint holds."""
-    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
-        raise CheckpointError(
-            f"{source} has format {state['format']}, and this camshaft reads {FORMAT}. "
-            "Use the version of camshaft that wrote it."
-        )
+    """Refuse a file that does not hold what a checkpoint holds."""
     problems = _differences(state, SHAPE, "state")
     if not problems and isinstance(state, dict):
         for name in ("callbacks", "ranks"):

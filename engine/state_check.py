@@ -34,7 +34,7 @@ def impossible_values(engine: Engine, state: dict[str, Any], callbacks: Mapping[
         *_in_data(state["run"]["data"], state["counters"]["step"]),
         *(f"update: {problem}" for problem in _in_update(engine, state["update"])),
         *(f"train: {problem}" for rank in state["ranks"] for problem in _in_record(engine, rank["train"])),
-        *(f"history: {name} cannot be read" for name, table in state["history"].items() if not _is_table(table)),
+        *(f"history: {name} cannot be read" for name in state["history"] if not _is_readable(state["history"][name])),
         *_in_callbacks(callbacks, state["callbacks"]),
         *_in_schedulers(engine, state["parts"]),
         *("rng: its generators cannot be set" for rank in state["ranks"] if not _can_be_set(rank["rng"])),
@@ -42,7 +42,9 @@ def impossible_values(engine: Engine, state: dict[str, Any], callbacks: Mapping[
 
 
 def _in_run(run: dict[str, Any], counters: dict[str, int]) -> Iterator[str]:
-    numbers = counters | {name: run[name] for name in ("num_passes", "num_validated", "first_epoch", "first_step")}
+    numbers = counters | {
+        name: run[name] for name in ("num_passes", "num_validated", "num_skipped_batches", "first_epoch", "first_step")
+    }
     yield from (f"{name} is {number:.6g}" for name, number in numbers.items() if not 0 <= number < 2**63)
     if not run["first_epoch"] <= counters["epoch"]:
         yield f"first_epoch is {run['first_epoch']:.6g}, in epoch {counters['epoch']:.6g}"
@@ -180,6 +182,11 @@ def _is_total(value: object) -> bool:
 
 def _is_metric(saved: Any) -> bool:
     return isinstance(saved, dict) and saved.keys() == {"updated", "states"} and isinstance(saved["states"], list)
+
+
+def _is_readable(value: dict[str, Any] | list[Any]) -> bool:
+    """Return whether this is a table, or a list of names."""
+    return _is_table(value) if isinstance(value, dict) else all(isinstance(name, str) and name for name in value)
 
 
 def _is_table(table: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     seed: int | None = None,
     prepare_batch: Callable[[Any], tuple[Any, Any]] = prepare_batch,
     num_samples: Callable[[Any], float | Tensor] | None = None,
+    fixed_validation_noise: bool = False,
     **parts: Any,
 ) -> Engine:
     """Return an `Engine` that trains a model on ``(inputs, target)`` batches.
@@ -54,6 +55,7 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
         prepare_batch: splits a batch into ``(inputs, target)``; see `camshaft.engine.prepare_batch`.
         num_samples: by how much a batch counts, where the loss is a mean over something else than samples, such as
             tokens: ``num_samples=lambda batch: (batch["labels"] != -100).sum()``; see `Engine`.
+        fixed_validation_noise: let each validation draw the same random numbers; see `Engine`.
         parts: further named objects of the run.
 
     Raises:
@@ -71,9 +73,18 @@ def Trainer(  # noqa: N802 - what it returns is used as the classes of this name
     for name, one in (optimizers or {"optimizer": optimizer}).items():
         _check_instance(name, one, torch.optim.Optimizer)
     _check_loss_fn(loss_fn)
-    check_parts(parts, ("metrics", "callbacks", "seed", "prepare_batch", "num_samples"))
+    check_parts(parts, ("metrics", "callbacks", "seed", "prepare_batch", "num_samples", "fixed_validation_noise"))
     step = SupervisedStep(loss_fn, prepare_batch, tuple(optimizers) if isinstance(optimizer, Mapping) else None)
-    engine = Engine(step, seed=seed, num_samples=num_samples, model=model, **optimizers, loss_fn=loss_fn, **parts)
+    engine = Engine(
+        step,
+        seed=seed,
+        num_samples=num_samples,
+        fixed_validation_noise=fixed_validation_noise,
+        model=model,
+        **optimizers,
+        loss_fn=loss_fn,
+        **parts,
+    )
     _check_optimizers(list(optimizers.values()), engine)
     engine.stages.declare("loss", higher_is_better=False)
     engine.stages.add_metrics(metrics or {})

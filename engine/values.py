@@ -6,6 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+def label(stage: str, dataset: str = "") -> str:
+    """Return what the values of a stage's data set begin with.
+
+    >>> label("val"), label("val", "clean")
+    ('val', 'val_clean')
+    """
+    return f"{stage}_{dataset}" if dataset else stage
+
+
 def prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values under ``<stage>_<name>``.
 

@@ -594,9 +594,7 @@ def test_data_that_end_with_an_epoch_of_set_length_say_so_in_the_next_one() -> N
         Engine(idle).fit(lambda: iter(range(4)), epochs=3, epoch_length=2)
 
 
-@pytest.mark.parametrize(
-    "several", [[LOADER, LOADER], (LOADER, LOADER), {"a": LOADER, "b": LOADER}], ids=["list", "tuple", "dict"]
-)
+@pytest.mark.parametrize("several", [[LOADER, LOADER], (LOADER, LOADER)], ids=["list", "tuple"])
 def test_several_loaders_are_no_data(several: Any) -> None:
     """Also where they are the validation's, which runs only after an epoch."""
     for data in ((several,), ([1], several)):
@@ -604,3 +602,18 @@ def test_several_loaders_are_no_data(several: Any) -> None:
         with refused(ConfigurationError, "of 2 loaders, not of batches"):
             engine.fit(*data, epochs=1)
         assert engine.step == 0
+
+
+@pytest.mark.parametrize("several", [{"a": LOADER, "b": LOADER}, {"inputs": [1], "target": [2]}])
+def test_a_dict_is_no_training_data(several: Any) -> None:
+    """It would give its keys for batches; as validation data, it is several sets by name."""
+    engine = Engine(idle)
+    with refused(ConfigurationError, "train is a dict, which would give its keys for batches."):
+        engine.fit(several, epochs=1)
+    with refused(ConfigurationError, "data is a dict, which would give its keys for batches."):
+        list(engine_with_model().predictions(several))
+    assert engine.step == 0
+
+
+def engine_with_model() -> Engine:
+    return Engine(idle, model=torch.nn.Linear(1, 1))

@@ -69,26 +69,26 @@ def test_a_metric_that_training_leaves_out_is_measured_in_validations_and_tests(
 
 
 @pytest.mark.parametrize(
-    ("has_validation", "names"),
+    ("sets", "names"),
     [
-        (True, ["train_loss", "train_acc", "val_loss", "val_acc", "val_slow"]),
+        (("",), ["train_loss", "train_acc", "val_loss", "val_acc", "val_slow"]),
         (None, ["train_loss", "train_acc", "val_loss", "val_acc", "val_slow"]),
-        (False, ["train_loss", "train_acc"]),
+        ((), ["train_loss", "train_acc"]),
     ],
 )
-def test_the_values_of_a_run_are_known_beforehand(has_validation: bool | None, names: list[str]) -> None:
+def test_the_values_of_a_run_are_known_beforehand(sets: tuple[str, ...] | None, names: list[str]) -> None:
     trainer = make_trainer(metrics={"acc": error})
     trainer.stages.add_metrics({"slow": error}, train=False)
-    assert trainer.stages.expected(has_validation=has_validation) == names
-    history = trainer.fit(class_batches(4), None if has_validation is False else class_batches(4), epochs=1)
+    assert trainer.stages.expected(sets) == names
+    history = trainer.fit(class_batches(4), None if sets == () else class_batches(4), epochs=1)
     assert set(history) == {"epoch", "step", *names}
 
 
 def test_where_nothing_is_declared_any_value_may_come() -> None:
     stages = Stages(Ranks())
     stages.add_metrics({"acc": error})
-    assert stages.expected(has_validation=True) == []
-    assert stages.may_have("val_zebra", has_validation=True)
+    assert stages.expected([""]) == []
+    assert stages.may_have("val_zebra", [""])
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_collections_values_may_come_under_its_name(name: str, expected: bool)
     stages = Stages(Ranks())
     stages.declare("loss")
     stages.add_metrics({"both": MetricCollection([MulticlassAccuracy(3), MulticlassPrecision(3)])})
-    assert stages.may_have(name, has_validation=True) is expected
+    assert stages.may_have(name, [""]) is expected
 
 
 def test_a_direction_is_stated_by_the_metric_or_by_whoever_declares_the_value() -> None:

@@ -114,16 +114,21 @@ def test_a_counter_is_a_whole_number_and_nothing_that_passes_for_one(value: obje
     assert_refused(tmp_path, with_value(value, "counters", "step"), phrase)
 
 
-@pytest.mark.parametrize("value", [99, 2, "3", 0.5])
+@pytest.mark.parametrize("value", [99, 0, -1, "3", 0.5, True, None, [1]])
 def test_a_file_of_another_format_is_told_to_be_one(value: object, tmp_path: Path) -> None:
     assert_refused_as_format(tmp_path, value)
+
+
+@pytest.mark.parametrize("value", [1, 2, 3])
+def test_a_file_that_only_says_it_is_of_an_older_format_is_refused(value: int, tmp_path: Path) -> None:
+    assert_refused(tmp_path, with_value(value, "format"), f"as one of format {value}", "nothing was loaded")
 
 
 def assert_refused_as_format(directory: Path, value: object) -> None:
     state = saved_state(directory) | {"format": value}
     RunCheckpoint(directory).checkpoints.save(state, 2)
     trainer = trainer_in(directory)
-    with refused(CheckpointError, f"has format {value}, and this camshaft reads {4}."):
+    with refused(CheckpointError, f"has format {value!r}, and this camshaft reads formats up to 5."):
         trainer.fit(class_batches(4, 4), epochs=2, resume="auto")
     assert trainer.step == 0
 
