@@ -144,6 +144,8 @@ class Feed:
             raise DataError(empty_message("train", self.data))
         if self._epoch_length is None:
             self._pass = None
+            if self._saved is not None:  # a resumed run that had nothing more to read in this epoch
+                self._saved = {**self._saved, "pass": None}
         elif not is_complete:
             raise DataError(_too_short(num_steps, self._epoch_length, f"epoch {epoch}"))
 

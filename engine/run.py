@@ -198,7 +198,7 @@ class Run:
         if not self.may_skip_batch:
             raise EngineStateError(
                 "skip_batch was called when no training batch had just been read. "
-                "Call it in a handler of BatchReady, if event.engine.training."
+                "Ask for it in a handler of BatchReady, if event.engine.training."
             )
         self.skips_batch = True
 
