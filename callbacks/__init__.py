@@ -2,6 +2,8 @@
 
 from .best_checkpoint import BestCheckpoint
 from .compile import Compile
+from .cross_validation import CrossValidation, cross_validate
+from .deterministic import Deterministic
 from .distributed import Distributed
 from .early_stopping import EarlyStopping
 from .gradients import Accumulate, ClipGradients
@@ -15,13 +17,16 @@ from .non_finite import StopOnNonFinite
 from .placement import Placement
 from .precision import MixedPrecision
 from .progress import ProgressBar
+from .prune import Prune
 from .ramp import Ramp
+from .recompute import Recompute
 from .regularization import FreezeUntil, Penalty
 from .report import Report
 from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
 from .schedule import Schedule
 from .stop_after import StopAfter
+from .summary import Summary
 from .tensorboard import TensorBoard
 from .warmup import warmup_cosine
 from .weight_average import WeightAverage
@@ -31,6 +36,8 @@ __all__ = [
     "Placement",
     "MixedPrecision",
     "Compile",
+    "Recompute",
+    "Deterministic",
     "Metrics",
     "ProgressBar",
     "EarlyStopping",
@@ -40,6 +47,7 @@ __all__ = [
     "ClipGradients",
     "MicroBatch",
     "StopAfter",
+    "Prune",
     "Schedule",
     "Ramp",
     "warmup_cosine",
@@ -48,6 +56,9 @@ __all__ = [
     "FreezeUntil",
     "StopOnNonFinite",
     "LearningRateFinder",
+    "cross_validate",
+    "CrossValidation",
+    "Summary",
     "Log",
     "TensorBoard",
     "Ignite",

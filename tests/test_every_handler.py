@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from helpers import class_batches
@@ -27,6 +28,7 @@ from camshaft.callbacks import (
     BestCheckpoint,
     ClipGradients,
     Compile,
+    Deterministic,
     Distributed,
     EarlyStopping,
     FreezeUntil,
@@ -38,13 +40,16 @@ from camshaft.callbacks import (
     Penalty,
     Placement,
     ProgressBar,
+    Prune,
     Ramp,
+    Recompute,
     Report,
     RunCheckpoint,
     RunDirectory,
     Schedule,
     StopAfter,
     StopOnNonFinite,
+    Summary,
     TensorBoard,
     WeightAverage,
     warmup_cosine,
@@ -104,6 +109,8 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Placement": lambda directory: Placement("cpu"),
     "MixedPrecision": lambda directory: MixedPrecision("bf16"),
     "Compile": lambda directory: Compile("model", backend="eager"),
+    "Recompute": lambda directory: Recompute(["0"]),
+    "Deterministic": lambda directory: Deterministic(),
     "Metrics": lambda directory: Metrics({"acc": accuracy}),
     "ProgressBar": lambda directory: ProgressBar(repaint_seconds=1e-9, file=Terminal()),
     "EarlyStopping": lambda directory: EarlyStopping("val_loss", mode="min", patience=50),
@@ -113,12 +120,14 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "ClipGradients": lambda directory: ClipGradients(norm=0.1),
     "MicroBatch": lambda directory: MicroBatch(2),
     "StopAfter": lambda directory: StopAfter(hours=1),
+    "Prune": lambda directory: Prune(optuna.create_study().ask(), "val_loss"),
     "Schedule": lambda directory: Schedule(warmup_cosine, per="update"),
     "Ramp": lambda directory: Ramp("optimizer.weight_decay", lambda done, total: 0.1 * done / total),
     "WeightAverage": lambda directory: WeightAverage(decay=0.5),
     "Penalty": lambda directory: Penalty(l1=0.01, l2=0.1),
     "FreezeUntil": lambda directory: FreezeUntil(2, ["0.*"]),
     "StopOnNonFinite": lambda directory: StopOnNonFinite("raise"),
+    "Summary": lambda directory: Summary(),
     "Log": make_log,
     "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
     "Ignite": make_ignite,
@@ -129,7 +138,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Log", "Ignite", "RunDirectory", "Report", "StopAfter",
+    "Log", "Summary", "Prune", "Ignite", "RunDirectory", "Report", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...
@@ -137,7 +146,7 @@ CHANGES_TRAINING = {
     "MixedPrecision", "Accumulate", "ClipGradients", "MicroBatch", "Schedule", "Ramp", "Penalty", "FreezeUntil",
 }  # fmt: skip
 # ... though of these nothing shows here: on the CPU, in one process, with a compiler that does nothing.
-CHANGES_NOTHING_HERE = {"Distributed", "Placement", "Compile"}
+CHANGES_NOTHING_HERE = {"Distributed", "Placement", "Compile", "Recompute", "Deterministic"}
 
 every_handler = pytest.mark.parametrize("name", MAKE)
 

@@ -180,7 +180,8 @@ def test_the_readme_lists_the_events_in_firing_order() -> None:
 def test_the_readme_lists_every_handler() -> None:
     table = (ROOT / "README.md").read_text().split("## Handlers")[1]
     told = {line.split("`")[1].split("(")[0] for line in table.splitlines() if line.startswith("| `")}
-    assert told == set(camshaft.callbacks.__all__) - {"Monitor"}  # a tool for authors of handlers, in docs/handlers.md
+    # A tool for authors of handlers, in docs/handlers.md; and what a function of the table returns.
+    assert told == set(camshaft.callbacks.__all__) - {"Monitor", "CrossValidation"}
 
 
 def imported_siblings(path: Path) -> set[str]:
