@@ -6,6 +6,7 @@ from .cross_validation import CrossValidation, cross_validate
 from .deterministic import Deterministic
 from .distributed import Distributed
 from .early_stopping import EarlyStopping
+from .export import Export
 from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
 from .learning_rate_finder import LearningRateFinder
@@ -64,6 +65,7 @@ __all__ = [
     "Ignite",
     "RunDirectory",
     "Report",
+    "Export",
     # For authors of handlers.
     "Monitor",
 ]

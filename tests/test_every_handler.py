@@ -31,6 +31,7 @@ from camshaft.callbacks import (
     Deterministic,
     Distributed,
     EarlyStopping,
+    Export,
     FreezeUntil,
     Ignite,
     Log,
@@ -132,13 +133,14 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
     "Ignite": make_ignite,
     "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
+    "Export": lambda directory: Export(directory / "export" / "model.safetensors"),
     "Report": lambda directory: Report(directory / "report"),
 }
 
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Log", "Summary", "Prune", "Ignite", "RunDirectory", "Report", "StopAfter",
+    "Log", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...
