@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ class Export(Callback):
         MissingPackageError: at attachment, if a format's package is not installed.
     """
 
-    main_only = True
-
     def __init__(self, *files: str | Path, part: str = "model") -> None:
         self.files = [Path(file) for file in files]
         if not files:
@@ -86,7 +85,7 @@ class Export(Callback):
         """Find out where to write; keep the inputs of the first step as an example."""
         self._failed, self._example = False, None
         for path in self._paths(event.engine):
-            ensure_writable(path.parent, "Export")
+            event.engine.ranks.on_main(partial(ensure_writable, path.parent, "Export"))
         self._subscription = event.engine.subscribe(StepEnd, self._keep)
 
     def on_run_failed(self, event: RunFailed) -> None:
@@ -103,10 +102,9 @@ class Export(Callback):
         self._subscription.cancel()
         if self._failed or engine.run.interrupted is not None or self._example is None:
             return
-        with engine.evaluating():
+        with engine.evaluating():  # on every rank; the first one writes
             for path in self._paths(engine):
-                self._write(path, unwrap(engine.parts[self.part]))
-                logger.info("Exported the part %s: %s", self.part, path)
+                engine.ranks.on_main(partial(self._write, path, unwrap(engine.parts[self.part])))
 
     def _write(self, path: Path, module: nn.Module) -> None:
         args, kwargs = self._example
@@ -114,6 +112,7 @@ class Export(Callback):
         try:
             _WRITERS[path.suffix](module, args, kwargs, temporary)
             os.replace(temporary, path)
+            logger.info("Exported the part %s: %s", self.part, path)
         except Exception as error:  # the exporters have kinds of their own
             raise ConfigurationError(
                 f"{path} could not be exported ({str(error).strip().partition(chr(10))[0]}). "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from camshaft.engine import (
@@ -18,7 +20,12 @@ from camshaft.engine import (
     GradientsReady,
     LossReady,
     StepEnd,
+    call_model,
     every,
+    local_part,
+    prepare_batch,
+    tree_map,
+    unwrap,
     whole_number,
 )
 
@@ -26,14 +33,16 @@ from camshaft.engine import (
 class StopOnNonFinite(Callback):
     """Notices a loss that is NaN or infinite.
 
-    Each loss is checked on the device, into a flag there. "raise" and "stop" read the flag every ``every_steps``
-    and at the end of the epoch, so that no step waits for the device. "skip" has to know before each update, and
+    Each loss is checked on the device, into a number there: the first step at which it was so. "raise" and "stop" read
+    it every ``every_steps`` and at the end of the epoch, so that no step waits for the device. They then say which
+    parameters and inputs are not finite, and which module is the first to return such values, by a forward pass of the
+    present batch in eval mode, if there is a part ``model``. "skip" has to know before each update, and
     reads it there: one wait per update; the update, with `Accumulate` that of the whole window, is left out. The
     averages of the epoch keep the loss that was seen.
 
     Args:
         policy: "raise" ends the run with an error, "stop" ends it with a reason, "skip" leaves updates out.
-        every_steps: how often the flag is read.
+        every_steps: how often the number is read.
 
     Raises:
         DataError: in a run, under "raise", naming the steps between which it happened.
@@ -47,7 +56,7 @@ class StopOnNonFinite(Callback):
             raise ConfigurationError(f'StopOnNonFinite does not know {policy!r}. Write "raise", "stop" or "skip".')
         self.policy = policy
         self.every_steps = whole_number("StopOnNonFinite's every_steps", every_steps, least=1)
-        self._flags: dict[Optimizer, Tensor] = {}
+        self._first: dict[Optimizer, Tensor] = {}  # the first step with such a loss; infinite if there is none
         self._read_at = 0
 
     def attach(self, engine: Engine) -> None:
@@ -62,47 +71,99 @@ class StopOnNonFinite(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Forget what an earlier run left unread."""
-        self._flags = {}
+        self._first = {}
 
     def on_loss_ready(self, event: LossReady) -> None:
-        """Raise the flag on the device if the loss is not finite."""
-        seen = ~torch.isfinite(event.loss.detach())
-        flag = self._flags.get(event.optimizer)
-        self._flags[event.optimizer] = seen if flag is None else flag | seen
+        """Note the step on the device if the loss is not finite."""
+        seen = torch.where(torch.isfinite(event.loss.detach()), math.inf, float(event.engine.step))
+        before = self._first.get(event.optimizer)
+        self._first[event.optimizer] = seen if before is None else torch.minimum(before, seen)
 
     def _read(self, event: StepEnd | EpochEnd) -> None:
-        since, self._read_at = self._read_at + 1, event.engine.step
-        flags, self._flags = self._flags, {}
-        seen = any(bool(flag.any()) for flag in flags.values())
-        if not event.engine.ranks.total(float(seen)):  # on several ranks, all see it at the same step
+        engine = event.engine
+        since, self._read_at = self._read_at + 1, engine.step
+        numbers, self._first = self._first, {}
+        first = min((float(number.min()) for number in numbers.values()), default=math.inf)
+        if not engine.ranks.total(float(first < math.inf)):  # on several ranks, all see it at the same step
             return
-        place = f"between steps {since} and {event.engine.step}"
+        first = min(engine.ranks.gather(first))
+        place = f"between steps {since} and {engine.step}, first at step {first:.0f}"
+        findings = find_non_finite(engine)
         if self.policy == "stop":
-            event.engine.stop(f"StopOnNonFinite: the loss was NaN or infinite {place}")
+            engine.stop(f"StopOnNonFinite: the loss was NaN or infinite {place}; {findings}")
             return
         raise DataError(
-            f"The loss was NaN or infinite {place}. Lower the learning rate, clip the gradients, or look at the data; "
+            f"The loss was NaN or infinite {place}; {findings}. "
+            "Lower the learning rate, clip the gradients, or look at the data; "
             'StopOnNonFinite("skip") leaves such updates out.'
         )
 
     def _skip(self, event: GradientsReady) -> None:
-        flag = self._flags.pop(event.optimizer, None)
-        seen = float(flag is not None and bool(flag.any()))
+        number = self._first.pop(event.optimizer, None)
+        seen = float(number is not None and float(number.min()) < math.inf)
         if event.engine.ranks.total(seen):  # on several ranks, all leave it out
             event.engine.run.skip_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the flags that are still to be read, by optimizer, and the step at which they were read last."""
-        flags = {
-            name: self._flags[part] for name, part in self._engine.parts.optimizers().items() if part in self._flags
-        }
-        return {"read_at": self._read_at, "flags": flags}
+        """Return the numbers that are still to be read, by optimizer, and the step at which they were read last."""
+        optimizers = self._engine.parts.optimizers()
+        first = {name: self._first[part] for name, part in optimizers.items() if part in self._first}
+        return {"read_at": self._read_at, "first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._read_at = state["read_at"]
         optimizers, device = self._engine.parts.optimizers(), self._engine.parts.device
-        self._flags = {optimizers[name]: flag.to(device) for name, flag in state["flags"].items()}
+        self._first = {optimizers[name]: number.to(device) for name, number in state["first"].items()}
 
     def __repr__(self) -> str:
         return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"
+
+
+def find_non_finite(engine: Engine) -> str:
+    """Return, in words, what of the model and of the present batch is NaN or infinite; nothing is changed."""
+    names = [name for name, parameter in engine.parts.named_parameters() if not _is_finite(parameter)]
+    found = [f"not finite are the parameters {_first_of(names)}"] if names else []
+    model, batch = engine.parts.modules().get("model"), engine.batch
+    if model is not None and batch is not None:
+        try:
+            inputs = prepare_batch(batch)[0] if engine.stepper is None else engine.stepper.inputs(batch)
+            if not _is_finite(inputs):
+                found.append("the inputs of the present batch are not finite")
+            if module := _first_module(engine, model, inputs):
+                found.append(f"on the present batch, the first module to return such values is {module}")
+        except Exception as error:  # a model that cannot be called like that must not hide the loss
+            found.append(f"the model could not be looked at ({type(error).__name__})")
+    return ", and ".join(found) or "the parameters, and the outputs for the present batch, are finite"
+
+
+def _first_module(engine: Engine, model: nn.Module, inputs: Any) -> str:
+    """Return the first module whose output is not finite, in the order in which they return; "" for none."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not _is_finite(output):
+                found.append(f'"{name}" ({type(module).__name__})' if name else type(module).__name__)
+
+        return hook
+
+    bare = unwrap(model)
+    handles = [module.register_forward_hook(look(name, module)) for name, module in bare.named_modules()]
+    try:
+        with engine.evaluating():
+            call_model(bare, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
+
+
+def _is_finite(values: Any) -> bool:
+    finite: list[bool] = []
+    tree_map(lambda tensor: finite.append(bool(torch.isfinite(local_part(tensor)).all())), values)
+    return all(finite)
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -15,7 +15,6 @@ from camshaft.engine import (
     Engine,
     FitStart,
     StepEnd,
-    has_shards,
     import_optional,
     prepare_batch,
     tree_map,
@@ -31,7 +30,7 @@ class Summary(Callback):
 
     It is made after the first step, by a forward pass of its batch in eval mode that changes nothing, and written as
     ``summary.txt`` into the run directory, if there is one. Without the shapes, if torchinfo cannot run the model on
-    the batch, or ranks hold it in parts.
+    the batch, or on several ranks.
 
     Args:
         depth: how deep nested modules are shown.
@@ -75,7 +74,7 @@ class Summary(Callback):
 
     def _table(self, engine: Engine, module: nn.Module) -> str:
         settings: dict[str, Any] = {"depth": self.depth, "verbose": 0, "cache_forward_pass": False}
-        if self.part == "model" and not has_shards(module.parameters()):
+        if self.part == "model" and not engine.ranks.several:
             try:
                 inputs = self._inputs(engine)
                 with engine.evaluating():

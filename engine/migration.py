@@ -6,8 +6,11 @@ tests, and is resumed there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from .errors import CheckpointError
 from .table import Table
@@ -90,13 +93,23 @@ def _from_3(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_4(state: dict[str, Any]) -> dict[str, Any]:
-    """Batches can be left out, epochs ended early, validation sets have names; layers thaw one after the other."""
+    """Batches can be left out, epochs ended early, sets have names; two handlers know more."""
     epoch = state["counters"]["epoch"]
     return state | {
         "run": state["run"] | {"ends_epoch_early": False, "num_skipped_batches": 0},
         "history": state["history"] | {"validation_sets": []},
         "callbacks": _changed(
-            state["callbacks"], {"FreezeUntil": lambda one: {"learning": epoch if one["learns"] else 0}}
+            state["callbacks"],
+            {
+                "FreezeUntil": lambda one: {"learning": epoch if one["learns"] else 0},
+                "StopOnNonFinite": lambda one: {
+                    "read_at": one["read_at"],
+                    "first": {
+                        name: torch.where(flag, float(one["read_at"] + 1), math.inf)
+                        for name, flag in one["flags"].items()
+                    },
+                },
+            },
         ),
     }
 

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from camshaft.callbacks import Accumulate, ClipGradients, Penalty, RunCheckpoint, StopOnNonFinite
-from camshaft.engine import ConfigurationError, DataError, Engine, LossReady, StepEnd, Trainer, UpdateEnd, at
+from camshaft.callbacks.non_finite import find_non_finite
+from camshaft.engine import (
+    ConfigurationError,
+    DataError,
+    Engine,
+    GradientsReady,
+    LossReady,
+    StepEnd,
+    Trainer,
+    UpdateEnd,
+    at,
+)
 
 
 def spoilt(step: int, num_steps: int) -> list[Batch]:
@@ -32,7 +43,7 @@ def flat(engine: Engine) -> Tensor:
 def test_raise_names_the_steps_between_which_it_happened(every_steps: int, place: str) -> None:
     """Step 7 of 12: found at the next reading, or at the end of the epoch."""
     trainer = make_trainer(StopOnNonFinite("raise", every_steps=every_steps))
-    with pytest.raises(DataError, match=rf"^The loss was NaN or infinite between steps {place}\. Lower the learning"):
+    with pytest.raises(DataError, match=rf"^The loss was NaN or infinite between steps {place}, first at step 7; "):
         trainer.fit(spoilt(7, 12), epochs=1)
     assert trainer.step == int(place.split()[-1])
 
@@ -54,7 +65,8 @@ def test_raise_is_the_default() -> None:
 def test_stop_ends_the_run_with_a_reason_that_names_the_place() -> None:
     trainer = make_trainer(StopOnNonFinite("stop", every_steps=3))
     history = trainer.fit(spoilt(4, 12), epochs=5)
-    assert history.reason == "StopOnNonFinite: the loss was NaN or infinite between steps 4 and 6"
+    said = "StopOnNonFinite: the loss was NaN or infinite between steps 4 and 6, first at step 4; not finite are the"
+    assert history.reason.startswith(said)
     assert trainer.step == 6
 
 
@@ -246,3 +258,68 @@ def test_a_run_that_was_cut_leaves_no_flag_to_the_next() -> None:
 def test_a_setting_that_cannot_work_is_refused_where_it_is_written(settings: dict[str, Any], phrase: str) -> None:
     with refused(ConfigurationError, phrase):
         StopOnNonFinite(**settings)
+
+
+# What is not finite -----------------------------------------------------------------------------------------
+
+
+class Logarithm(nn.Module):
+    """Gives NaN for what is negative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.BatchNorm1d(6), Logarithm()), nn.Linear(6, 3))
+
+
+def test_the_first_module_with_such_an_output_is_named() -> None:
+    trainer = make_trainer(StopOnNonFinite(every_steps=1), model=layers())
+    trainer.subscribe(GradientsReady, lambda event: trainer.run.skip_update())  # or all parameters would be NaN
+    with refused(DataError, 'the first module to return such values is "1.1" (Logarithm)', "Lower the learning rate"):
+        trainer.fit(class_batches(8, 8), epochs=1)
+
+
+def test_parameters_and_inputs_that_are_not_finite_are_named() -> None:
+    trainer = make_trainer(StopOnNonFinite(every_steps=1))
+    with pytest.raises(DataError) as info:
+        trainer.fit(spoilt(2, 3), epochs=1)
+    assert "not finite are the parameters weight, bias" in str(info.value)
+    assert "the inputs of the present batch are not finite" in str(info.value)
+
+
+def test_a_loss_that_alone_is_not_finite_is_told_so() -> None:
+    model = linear()
+    trainer = Trainer(
+        model, torch.optim.SGD(model.parameters(), 0.0), lambda output, target: output.sum() / 0.0,
+        callbacks=[ClipGradients(value=1.0), StopOnNonFinite("stop", every_steps=1)],
+    )  # fmt: skip
+    trainer.subscribe(LossReady, lambda event: event.loss.detach() * 0 + model(class_batches(8)[0][0]).sum() * 0)
+    history = trainer.fit(class_batches(8), epochs=1)
+    assert "the parameters, and the outputs for the present batch, are finite" in history.reason
+
+
+def test_looking_changes_nothing() -> None:
+    """Neither statistics of batch normalisation nor random numbers nor hooks."""
+    trainer = make_trainer(model=layers())
+    trainer.subscribe(GradientsReady, lambda event: trainer.run.skip_update())
+    trainer.fit(class_batches(8), epochs=1)
+    state = {name: value.clone() for name, value in trainer.parts["model"].state_dict().items()}
+    seen: list[str] = []
+
+    def look(event: StepEnd) -> None:
+        before = torch.get_rng_state()
+        seen.append(find_non_finite(trainer))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    trainer.subscribe(StepEnd, look)
+    trainer.fit(class_batches(8), epochs=1)
+    assert '"1.1" (Logarithm)' in seen[0]
+    again = make_trainer(model=layers())
+    again.subscribe(GradientsReady, lambda event: again.run.skip_update())
+    again.fit(class_batches(8), epochs=2)
+    now, expected = trainer.parts["model"].state_dict(), again.parts["model"].state_dict()
+    assert all(torch.equal(now[name], expected[name]) for name in state)
+    assert not any(module._forward_hooks for module in trainer.parts["model"].modules())

@@ -95,7 +95,7 @@ def with_a_nan(policy: Any) -> dict[str, Any]:
     try:
         engine.fit([tuple(batch) for batch in train], epochs=1)
     except DataError as raised:
-        error = str(raised)
+        error = str(raised).partition(";")[0]  # what is found in its own batch differs from rank to rank
     return {"step": engine.step, "error": error, "skipped": engine.num_skipped_updates}
 
 
