@@ -12,17 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from camshaft.engine import (
     Callback,
+    ConfigurationError,
     Engine,
+    EngineStateError,
     EpochEnd,
     FitStart,
     Logged,
+    Selection,
     ValidationEnd,
     directory_for,
+    has_shards,
     scalars,
+    select_parameters,
+    unwrap,
     values_of,
 )
+
+from .event_writer import EventWriter
 
 logger = logging.getLogger("camshaft")
 
@@ -38,20 +48,28 @@ class TensorBoard(Callback):
     A resumed run lets TensorBoard drop what the directory has from the resumed step on, also curves that others wrote,
     and writes its own values of that step again, so that each step is there once.
 
+    In a handler of yours, ``writer`` writes images, figures, histograms, texts and other numbers into the same file,
+    as `EventWriter` says; on several ranks, on rank 0.
+
     A failure to write warns once and ends the writing, not the training.
 
     Args:
         directory: where to write; by default ``tensorboard`` in the run directory.
+        histograms: the parameters of the part ``model`` whose values are written as histograms at the end of each
+            epoch: names, patterns such as ``"*.weight"``, or a function ``(name, parameter) -> bool``.
 
     Raises:
-        ConfigurationError: before the first step, if there is nowhere to write.
+        ConfigurationError: before the first step, if there is nowhere to write; at attachment for a name that matches
+            no parameter.
     """
 
     main_only = True
 
-    def __init__(self, directory: str | Path | None = None) -> None:
+    def __init__(self, directory: str | Path | None = None, *, histograms: Selection | None = None) -> None:
+        self._histograms = histograms
         self._wanted_directory = None if directory is None else Path(directory)
-        self._writer: Any = None  # a RecordWriter of tensorboardX
+        self._writer: Any = None  # a RecordWriter of tensorboardX; None outside a fit, and after a failure
+        self._is_open = False
         self._engine: Engine | None = None
         self._num_written = [0, 0]  # rows of the history's validations, and of its epochs
         self._resumed_step: int | None = None  # what TensorBoard is still to drop its values from
@@ -62,7 +80,31 @@ class TensorBoard(Callback):
         """Open the event file for the length of each fit."""
         super().attach(engine)
         self._engine = engine
+        self._chosen: dict[str, nn.Parameter] = {}
+        if self._histograms is not None:
+            self._chosen = select_parameters(unwrap(engine.parts.module("model", "TensorBoard")), self._histograms)
+            if has_shards(self._chosen.values()):
+                raise ConfigurationError(
+                    "TensorBoard cannot write histograms of weights that ranks hold in parts. "
+                    "Write TensorBoard() without histograms."
+                )
         engine.listeners.around("fit", lambda: self._open(engine))
+
+    @property
+    def writer(self) -> EventWriter:
+        """What writes into the event file.
+
+        Raises:
+            EngineStateError: outside a fit.
+        """
+        engine = self._engine
+        if engine is None or not self._is_open:
+            raise EngineStateError("TensorBoard's writer was asked for outside a fit. Ask in a handler.")
+
+        def write(step: int, summary: Callable[[], Any]) -> None:
+            self._write_guarded(engine, lambda: self._write(step=int(step), summary=summary()))
+
+        return EventWriter(write)
 
     def on_fit_start(self, event: FitStart) -> None:
         """Begin after what the history has already; a run that finds nothing to resume still replaces its curves."""
@@ -101,6 +143,8 @@ class TensorBoard(Callback):
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Write the training values that no validation has written; those of a validation are written when it ends."""
         self._update(event.engine)
+        for name, parameter in self._chosen.items():
+            self.writer.add_histogram(name, parameter, event.engine.step)
 
     def _update(self, engine: Engine) -> None:
         """Write the rows of the history that are not written yet."""
@@ -163,8 +207,10 @@ class TensorBoard(Callback):
         self._writer = RecordWriter(str(directory / name))
         try:
             self._write(file_version="brain.Event:2")
+            self._is_open = True
             yield
         finally:
+            self._is_open = False
             self._close()
 
     def _close(self) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import class_batches, make_trainer, run_python, run_script
+from helpers import class_batches, make_trainer, refused, run_python, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import TENSORS
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginAccumulator
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from camshaft.callbacks import RunCheckpoint, RunDirectory, TensorBoard
-from camshaft.engine import ConfigurationError, StepEnd, at, every
+from camshaft.engine import ConfigurationError, EngineStateError, EpochEnd, StepEnd, at, every
 
 TRAIN, VAL = class_batches(8, 8, 3), class_batches(16, 5)
 
@@ -272,3 +272,80 @@ def test_a_run_that_finds_no_checkpoint_begins_its_curves_again(tmp_path: Path) 
     trainer = make_trainer(TensorBoard(tmp_path / "curves"), RunCheckpoint(tmp_path / "checkpoints"))
     history = trainer.fit(TRAIN, epochs=2, resume="auto")
     assert read(tmp_path / "curves") == {"train_loss": column(history.rows, "train_loss")}
+
+
+# What handlers of one's own write --------------------------------------------------------------------------
+
+
+def events_of(directory: Path) -> EventAccumulator:
+    events = EventAccumulator(str(directory), size_guidance={"images": 0, "histograms": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def test_a_handler_of_ones_own_writes_images_figures_histograms_and_texts(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    board = TensorBoard(tmp_path)
+    trainer = make_trainer(board)
+
+    @trainer.on(EpochEnd)
+    def write(event: EpochEnd) -> None:
+        step, writer = event.engine.step, board.writer
+        writer.add_image("floats", torch.linspace(0, 1, 12).reshape(3, 2, 2), step)
+        writer.add_image("bytes", torch.full((2, 5), 255, dtype=torch.uint8), step)
+        figure = Figure(figsize=(2.0, 1.0), dpi=50)
+        figure.subplots().plot([1, 2])
+        writer.add_figure("figure", figure, step)
+        writer.add_histogram("values", torch.tensor([1.0, 2.0, 2.0, math.nan]), step)
+        writer.add_text("note", "**well**", step)
+        writer.add_scalar("twice", torch.tensor(2.0 * step), step)
+
+    trainer.fit(TRAIN, epochs=2)
+    events = events_of(tmp_path)
+    assert {image.step for image in events.Images("floats")} == {3, 6}
+    assert [(image.width, image.height) for image in events.Images("bytes")] == [(5, 2)] * 2
+    assert [(image.width, image.height) for image in events.Images("figure")] == [(100, 50)] * 2
+    histogram = events.Histograms("values")[0].histogram_value
+    assert (histogram.num, histogram.min, histogram.max) == (3, 1.0, 2.0)
+    assert read(tmp_path)["twice"] == [(3, 6.0), (6, 12.0)]
+
+
+def test_histograms_of_chosen_parameters_are_written_each_epoch(tmp_path: Path) -> None:
+    trainer = make_trainer(TensorBoard(tmp_path, histograms=["weight"]))
+    trainer.fit(TRAIN, epochs=2)
+    events = events_of(tmp_path)
+    assert events.Tags()["histograms"] == ["weight"]
+    first, last = events.Histograms("weight")
+    assert (first.step, last.step) == (3, 6)
+    assert last.histogram_value.sum == pytest.approx(float(trainer.parts["model"].weight.detach().sum()), rel=1e-5)
+
+
+def test_histograms_of_names_that_match_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="wieght"):
+        make_trainer(TensorBoard(tmp_path, histograms=["wieght"]))
+
+
+def test_the_writer_is_there_only_during_a_fit(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    make_trainer(board).fit(TRAIN, epochs=1)
+    for one in (board, TensorBoard(tmp_path)):
+        with refused(EngineStateError, "TensorBoard's writer was asked for outside a fit.", "Ask in a handler."):
+            _ = one.writer
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_what_was_written_at_steps_that_a_resumed_run_repeats_is_there_once(step: int, tmp_path: Path) -> None:
+    def make() -> Any:
+        board = TensorBoard(tmp_path / "board")
+        trainer = make_trainer(board, RunCheckpoint(tmp_path / "checkpoints", every_steps=3))
+        trainer.subscribe(StepEnd, lambda event: board.writer.add_scalar("own", event.engine.step, event.engine.step))
+        return trainer
+
+    first, resumed = make(), make()
+    first.subscribe(StepEnd, lambda event: 1 / 0, when=at(step))
+    with pytest.raises(ZeroDivisionError):
+        first.fit(TRAIN, epochs=2)
+    resumed.fit(TRAIN, epochs=2, resume="auto")
+    assert [number for number, _ in read(tmp_path / "board")["own"]][-3:] == [4, 5, 6]
+    assert len(read(tmp_path / "board")["own"]) in (5, 6)
