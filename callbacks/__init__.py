@@ -1,5 +1,6 @@
 """Handlers: each is one file, and works with the others only through `camshaft.engine`."""
 
+from .batch_size_finder import BatchSizeFinder
 from .best_checkpoint import BestCheckpoint
 from .compile import Compile
 from .cross_validation import CrossValidation, cross_validate
@@ -57,6 +58,7 @@ __all__ = [
     "FreezeUntil",
     "StopOnNonFinite",
     "LearningRateFinder",
+    "BatchSizeFinder",
     "cross_validate",
     "CrossValidation",
     "Summary",

@@ -75,7 +75,7 @@ class LearningRateFinder:
             DataError: if the loss never fell.
         """
         step = trainer.stepper if isinstance(trainer, Engine) else None
-        step = step.step if isinstance(step, StepInParts) else step
+        step = step.step if isinstance(step, StepInParts) else step  # its batches are to fit
         if not isinstance(step, SupervisedStep):
             raise ConfigurationError(
                 f"LearningRateFinder needs what Trainer(...) returns, and got {_kind(trainer)}. Pass a trainer."

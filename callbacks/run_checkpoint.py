@@ -36,6 +36,8 @@ from camshaft.engine import (
     write_part,
 )
 
+from .mirror import Mirror
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -59,6 +61,9 @@ class RunCheckpoint(Callback):
         every_steps, every_epochs, every_seconds: when to save; every epoch by default. Several may be given.
         keep: how many of the newest to keep; at least 1.
         keep_every: keep every n-th for ever, too.
+        mirror: where to copy each checkpoint when it is on the disk: a directory in a storage that fsspec knows, such
+            as ``"s3://bucket/run"``. With an empty ``directory``, as on another machine, ``resume="auto"`` fetches the
+            newest from there. Best weights and logs are not copied.
         sharded: what ranks hold in parts (``Distributed("fsdp")``) is not gathered: each rank writes its own, into a
             directory beside the checkpoint. All ranks must see the directory. It is resumed by any number of ranks.
         background: copy the state on the training thread and write it on another; one write at a time. Its errors
@@ -69,7 +74,9 @@ class RunCheckpoint(Callback):
         ConfigurationError: for settings that cannot work; before the first step if the directory cannot be written,
             is in use by another run, or holds an earlier one and ``resume`` was not asked for.
         CheckpointError: at the first save, naming the key, if a part or handler keeps what cannot be loaded safely.
-        OSError: at the end of the run, if its last save failed; or at the first failure if ``on_error="raise"``.
+        MissingPackageError: naming the package that fsspec needs for the mirror.
+        OSError: at the end of the run, if its last save, or the copy of it, failed; or at the first failed save if
+            ``on_error="raise"``. A failed copy before the last one is a warning.
     """
 
     unique = True
@@ -83,6 +90,7 @@ class RunCheckpoint(Callback):
         every_seconds: float | None = None,
         keep: int = 2,
         keep_every: int | None = None,
+        mirror: str | Path | None = None,
         sharded: bool = False,
         background: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
@@ -96,6 +104,11 @@ class RunCheckpoint(Callback):
             raise ConfigurationError(f"RunCheckpoint has every_seconds={every_seconds}. Pass a number above 0.")
         if on_error not in ("warn", "raise"):
             raise ConfigurationError(f'RunCheckpoint has on_error={on_error!r}. Write "warn" or "raise".')
+        if mirror is not None and sharded:
+            raise ConfigurationError(
+                "RunCheckpoint has sharded=True and a mirror, which would lack the parts of the ranks. "
+                "Pass one of them; without sharded=True, what ranks hold in parts is gathered."
+            )
         self.sharded = sharded
         self.checkpoints: CheckpointDirectory = CheckpointDirectory(Path(directory))
         self.every_steps = every_steps
@@ -103,6 +116,7 @@ class RunCheckpoint(Callback):
         self.every_seconds = every_seconds
         self.keep = whole_number("RunCheckpoint's keep", keep, least=1)
         self.keep_every = keep_every
+        self._mirror = None if mirror is None else Mirror(str(mirror), self.keep, keep_every)
         self.on_error = on_error
         self._writer = _Writer() if background else None
         self._told: Store | None = None  # where the ranks' threads tell that of rank 0 what they have written
@@ -146,9 +160,15 @@ class RunCheckpoint(Callback):
             OSError: if it failed.
         """
         self._wait_for_own_part(event.engine.ranks)
-        error, self._error = event.engine.ranks.on_main(lambda: self._wait("The run is over") or self._error), None
+        error, self._error = event.engine.ranks.on_main(self._wait_for_all), None
         if error is not None:
             raise error
+
+    def _wait_for_all(self) -> OSError | None:
+        """Wait for what threads are writing, and return the error of the last save, or of its copy."""
+        error = self._wait("The run is over") or self._error
+        copy_error = None if self._mirror is None else self._mirror.wait()
+        return error or copy_error
 
     def _has_files(self) -> bool:
         """Remove what killed runs have left, and return whether there are checkpoints."""
@@ -168,6 +188,9 @@ class RunCheckpoint(Callback):
             def lock() -> None:
                 ensure_writable(self.checkpoints.path, "RunCheckpoint")
                 stack.enter_context(self.checkpoints.locked())
+                if self._mirror is not None:
+                    self._mirror.check()
+                    self._mirror.fetch_newer(self.checkpoints)
 
             engine.ranks.on_main(lock)
             yield
@@ -256,7 +279,9 @@ class RunCheckpoint(Callback):
         return None
 
     def _write(self, state: dict[str, Any], step: int) -> None:
-        self.checkpoints.save(state, step)
+        file = self.checkpoints.save(state, step)
+        if self._mirror is not None:
+            self._mirror.send(file.path)
         try:
             self.checkpoints.prune(self.keep, self.keep_every)
         except OSError as error:  # the new one is good all the same

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, is_number
+
+from .stopwatch import Stopwatch
 
 
 class StopAfter(Callback):
@@ -34,25 +35,22 @@ class StopAfter(Callback):
         self.limit = 3600 * hours + 60 * minutes + seconds
         if not self.limit:
             raise ConfigurationError("StopAfter was given no time. Write StopAfter(hours=2), or minutes, or seconds.")
-        self.spent = 0.0  # seconds up to the last step
-        self._began = 0.0  # by the clock, less what an earlier run has spent
+        self._watch = Stopwatch()
         self._may_stop = True
 
     def on_fit_start(self, event: FitStart) -> None:
         """Start the clock."""
-        self.spent = 0.0
-        self._began = time.monotonic()
+        self._watch.start()
         self._may_stop = True
 
     def on_step_end(self, event: StepEnd) -> None:
         """Look at the clock."""
-        self.spent = time.monotonic() - self._began
-        if self.spent >= self.limit and self._may_stop:
+        if self._watch.look() >= self.limit and self._may_stop:
             self._stop(event.engine)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Stop here at the latest, if ``min_epochs`` did not allow it before."""
-        if self.spent >= self.limit:
+        if self._watch.spent >= self.limit:
             self._stop(event.engine)
 
     def _stop(self, engine: Engine) -> None:
@@ -61,12 +59,11 @@ class StopAfter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the time that was spent."""
-        return {"spent": self.spent}
+        return {"spent": self._watch.spent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Count the time that an earlier run has spent."""
-        self.spent = state["spent"]
-        self._began = time.monotonic() - self.spent
+        self._watch.start(state["spent"])
 
     def __repr__(self) -> str:
         return f"StopAfter(seconds={self.limit:g})"

@@ -6,7 +6,15 @@ The first names are for everybody; those after `CheckpointError` are for authors
 from .arriving import Arriving
 from .batch import call_model, cut, first_tensor, move, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
-from .checkpoint import PART_DIGESTS, CheckpointDirectory, check_plain, write_part
+from .checkpoint import (
+    PART_DIGESTS,
+    CheckpointDirectory,
+    CheckpointFile,
+    check_plain,
+    checkpoint_files,
+    superseded,
+    write_part,
+)
 from .data import Data, check_data, one_pass, repeat
 from .dispatch import Subscription
 from .engine import Engine
@@ -21,6 +29,7 @@ from .errors import (
     can_take,
     did_you_mean,
     is_number,
+    ran_out_of_memory,
     whole_number,
 )
 from .events import (
@@ -51,6 +60,7 @@ from .files import (
     write_durably,
 )
 from .history import STAGES, History, values_of
+from .in_parts import evaluate_part, train_in_parts
 from .losses import FocalLoss, SymmetricCrossEntropy
 from .meter import AverageMeter
 from .metric import as_metrics
@@ -114,6 +124,7 @@ __all__ = [
     "did_you_mean",
     "is_number",
     "whole_number",
+    "ran_out_of_memory",
     "can_take",
     "import_optional",
     "Ranks",
@@ -127,6 +138,8 @@ __all__ = [
     "Step",
     "FunctionStep",
     "SupervisedStep",
+    "train_in_parts",
+    "evaluate_part",
     "tree_map",
     "move",
     "first_tensor",
@@ -165,6 +178,9 @@ __all__ = [
     "remove_temporaries",
     "sync_directory",
     "CheckpointDirectory",
+    "CheckpointFile",
+    "checkpoint_files",
+    "superseded",
     "write_part",
     "PART_DIGESTS",
     "run_state",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .errors import CamshaftError, DataError
+from .errors import CamshaftError, DataError, ran_out_of_memory
 
 TARGET_NAMES = ("target", "targets", "label", "labels", "y")
 
@@ -214,7 +214,7 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
             return model(**inputs)
         return model(inputs)
     except (TypeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError | CamshaftError) or not _is_raised_in_torch(error):
+        if isinstance(error, CamshaftError) or ran_out_of_memory(error) or not _is_raised_in_torch(error):
             raise
         name = getattr(model, "__name__", type(model).__name__)
         raise DataError(

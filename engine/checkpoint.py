@@ -9,11 +9,11 @@ import re
 import shutil
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ from .sharded import Parts, put_together
 logger = logging.getLogger("camshaft")
 
 PART_DIGESTS = "part_digests"  # the key, in a checkpoint, of the digests of its parts in the order of the ranks
+
+
+_NAME = re.compile(r"run-(\d{6,})-step-(\d+)-([0-9a-f]{32})\.pt")
+
+
+class _WrongDigest(Exception):  # noqa: N818 - raised and caught in this file
+    """A file is not the one that its name says."""
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -52,16 +59,12 @@ class CheckpointDirectory:
     checkpoint then holds their digests, and is written last and removed first.
     """
 
-    _NAME = re.compile(r"run-(\d{6,})-step-(\d+)-([0-9a-f]{32})\.pt")
-
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def files(self) -> list[CheckpointFile]:
         """Return the checkpoints, newest first."""
-        matches = [self._NAME.fullmatch(name) for name in (os.listdir(self.path) if self.path.is_dir() else ())]
-        found = [CheckpointFile(self.path / m[0], int(m[1]), int(m[2]), m[3]) for m in matches if m]
-        return sorted(found, key=lambda file: file.number, reverse=True)
+        return checkpoint_files(self.path / name for name in (os.listdir(self.path) if self.path.is_dir() else ()))
 
     def save(self, state: dict[str, Any], step: int) -> CheckpointFile:
         """Write one more; if it is in parts, after those are written.
@@ -78,8 +81,27 @@ class CheckpointDirectory:
         )
         return CheckpointFile(path, number, step, path.stem[-32:])
 
+    def adopt(self, name: str, write: Callable[[BinaryIO], object]) -> bool:
+        """Write a checkpoint of another place, under its name; return False if its digest is not the one in the name.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+
+        def final(digest: str) -> Path:
+            if name.endswith(f"-{digest[:32]}.pt"):
+                return self.path / name
+            raise _WrongDigest
+
+        try:
+            write_durably(self.path / name.rpartition("-")[0], write, final=final)
+        except _WrongDigest:
+            return False
+        return True
+
     def _next_number(self) -> int:
-        return max((file.number for file in self.files()), default=0) + 1
+        damaged = checkpoint_files(path.with_suffix(".pt") for path in self.path.glob("run-*.damaged"))
+        return max((file.number for file in [*self.files(), *damaged]), default=0) + 1
 
     def begin_parts(self) -> Path:
         """Make a new directory for the parts of the next checkpoint; one that was left there was never complete."""
@@ -132,12 +154,23 @@ class CheckpointDirectory:
 
     def prune(self, keep: int, keep_every: int | None) -> None:
         """Remove all but the newest ``keep``, and of the others every ``keep_every``-th."""
-        for file in self.files()[keep:]:
-            if keep_every is None or file.number % keep_every:
-                file.path.unlink(missing_ok=True)
-                if (parts := parts_of(self.path, file.number)).exists():
-                    sync_directory(self.path)  # no checkpoint may be without its parts
-                    shutil.rmtree(parts)
+        for file in superseded(self.files(), keep, keep_every):
+            file.path.unlink(missing_ok=True)
+            if (parts := parts_of(self.path, file.number)).exists():
+                sync_directory(self.path)  # no checkpoint may be without its parts
+                shutil.rmtree(parts)
+
+
+def checkpoint_files(paths: Iterable[Path]) -> list[CheckpointFile]:
+    """Return what of the paths is named as a checkpoint, newest first."""
+    matches = [(path, _NAME.fullmatch(path.name)) for path in paths]
+    found = [CheckpointFile(path, int(match[1]), int(match[2]), match[3]) for path, match in matches if match]
+    return sorted(found, key=lambda file: file.number, reverse=True)
+
+
+def superseded(files: list[CheckpointFile], keep: int, keep_every: int | None) -> list[CheckpointFile]:
+    """Return those that are neither among the newest ``keep`` nor a ``keep_every``-th."""
+    return [file for file in files[keep:] if keep_every is None or file.number % keep_every]
 
 
 def parts_of(path: Path, number: int) -> Path:
@@ -168,7 +201,7 @@ def load_verified(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
-    match = CheckpointDirectory._NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(
             f"{path} is not named as a run checkpoint. "
@@ -199,7 +232,7 @@ def _load(path: Path, digest: str) -> tuple[dict[str, Any], str | None]:
 
 def _load_parts(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Return a state with what is in the files of its parts; or, in words, the damage of one of them."""
-    match = CheckpointDirectory._NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name)
     directory = parts_of(path.parent, int(match[1]) if match else 0)
     files = {directory / f"part-{rank}.pt": digest for rank, digest in enumerate(state.pop(PART_DIGESTS))}
     for file, digest in files.items():

@@ -52,7 +52,7 @@ from .renamed import OF_ENGINE, refuse_old_names
 from .rng import generator_states, preserve_rng, seed_everything, set_generator_states
 from .run import NO_RUN, Phase, Run
 from .signals import handled_signals
-from .stages import NOTHING, CurrentStage, Stages, refuse_outside_a_stage
+from .stages import NOTHING, CurrentStage, Stages, record_output, refuse_outside_a_stage
 from .state import Found, find_state, load_state
 from .step import Step, StepFunction, StepOutput, as_step
 from .update import Update
@@ -182,7 +182,7 @@ class Engine:
                 next_validation = plan.next_validation(self.step)
                 for batch in self.train(train):
                     if (output := step(batch)) is not None:
-                        self._record_output(output)
+                        record_output(self.current, output)
                     if self.step >= next_validation and plan.validates_after_step(self.step):
                         next_validation = plan.next_validation(self.step)
                         self._validate(val)
@@ -337,7 +337,7 @@ class Engine:
         step, sets = self._require_step(), as_sets("data", data)
         with self._evaluation("test", sets):
             for batch in self._evaluation_batches("data", sets):
-                self._record_output(step.evaluate(self, batch))
+                record_output(self.current, step.evaluate(self, batch))
             values = self._values_of("test", sets)
         return {name.removeprefix("test_"): value for name, value in values.items()}
 
@@ -484,7 +484,7 @@ class Engine:
         if val is not None:
             step = self._require_step()
             for batch in self.validate(val):
-                self._record_output(step.evaluate(self, batch))
+                record_output(self.current, step.evaluate(self, batch))
 
     def _repeat_cut_validation(self, val: DataSets | None) -> None:
         """Make the validation in mid-epoch in which the run that is resumed was interrupted."""
@@ -698,24 +698,6 @@ class Engine:
                 f"engine.{what} was called outside a run. Write: for epoch in engine.epochs(n): ..."
             )
         return self.run
-
-    def _record_output(self, output: StepOutput) -> None:
-        """Record what a step returned; it is also the output that handlers see, if the step measured none."""
-        current = self.current
-        if current.output is None:
-            current.output, current.target = output, NOTHING
-        if output is None:
-            return
-        if isinstance(output, Tensor):
-            self.record(loss=output)
-        elif isinstance(output, Mapping):
-            record = current.record or refuse_outside_a_stage()
-            record.add(output, current.num_samples())
-        else:
-            raise DataError(
-                f"The step returned {output!r}, of type {type(output).__name__}. "
-                "Return None, a tensor, or a dict such as {'loss': loss}."
-            )
 
     def _add_reading_note(self, error: Exception, stage: str, position: int) -> None:
         error.add_note(f"While reading batch {position} of the {stage} data in epoch {self.epoch}.")

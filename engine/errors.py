@@ -21,6 +21,11 @@ from collections.abc import Callable, Iterable
 from typing import SupportsIndex, TypeGuard
 
 LONGEST_NAME = 100
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "ALLOC_FAILED",
+)
 
 
 class CamshaftError(Exception):
@@ -76,6 +81,19 @@ def can_take(function: Callable[..., object], num_arguments: int) -> bool:
     except ValueError:  # some built-in functions have no signature
         return True
     return True
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device, or of the host, did not suffice.
+
+    torch has a class for it on accelerators alone.
+
+    >>> ran_out_of_memory(MemoryError()), ran_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    (True, False)
+    """
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
+        return type(error).__name__ == "OutOfMemoryError" or any(said in str(error) for said in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class Record:
         self._arriving: Arriving[tuple[str, str]] | None = None
         self._arrived: dict[str, float] = {}
         self._earlier: dict[str, Total] = {}  # sums and counts up to the last mark
+        self._postponed: list[Callable[[], None]] | None = None  # what is to be recorded later
         for name, metric in (metrics or {}).items():
             if isinstance(metric, ComputedMetric):
                 self.computed[name] = metric.fresh()
@@ -56,12 +59,33 @@ class Record:
         for metric in self.computed.values():
             metric.reset()
 
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Record what the block adds and measures when it has ended; if it fails, nothing of it.
+
+        Without metrics, outputs are not kept until then.
+        """
+        outer, self._postponed = self._postponed, []
+        calls = self._postponed
+        try:
+            yield
+        finally:
+            self._postponed = outer
+        if outer is not None:
+            outer += calls
+            return
+        for call in calls:
+            call()
+
     def add(self, values: Mapping[str, float | Tensor], weight: float | Tensor) -> None:
         """Add each value, the mean over ``weight`` samples; ignored if ``weight`` is 0.
 
         Raises:
             DataError: naming the value, if it is neither a number nor a tensor of one element, or its name is taken.
         """
+        if self._postponed is not None:
+            self._postponed.append(partial(self.add, tree_map(Tensor.detach, dict(values)), weight))
+            return
         if not isinstance(weight, Tensor) and not weight:
             self.expect(values)  # the mean of nothing, which is NaN
             return
@@ -74,6 +98,9 @@ class Record:
 
     def expect(self, names: Iterable[str]) -> None:
         """Know that there are values of these names, although there are none here: other ranks may have some."""
+        if self._postponed is not None:
+            self._postponed.append(partial(self.expect, tuple(names)))
+            return
         for name in names:
             if name not in self.meters:
                 _check_name(name)
@@ -81,6 +108,9 @@ class Record:
 
     def accumulate(self, name: str, value: float | Tensor, weight: float | Tensor) -> None:
         """Add one value whose name is known to be free."""
+        if self._postponed is not None:
+            self._postponed.append(partial(self.accumulate, name, tree_map(Tensor.detach, value), weight))
+            return
         meter = self.meters.get(name)
         if meter is None:
             meter = self.meters[name] = AverageMeter()
@@ -91,6 +121,11 @@ class Record:
 
     def measure(self, output: Any, target: Any, weight: float | Tensor) -> None:
         """Update every metric with one batch, unless ``weight`` is 0; no gradients are recorded."""
+        if self._postponed is not None:
+            if self.functions or self.computed:
+                output, target = tree_map(Tensor.detach, (output, target))
+                self._postponed.append(partial(self.measure, output, target, weight))
+            return
         if not isinstance(weight, Tensor) and not weight:
             self.expect(self.functions)
             return

@@ -40,7 +40,7 @@ OF_ENGINE = {
     "stage": "engine.current.name",
     "step_before_epoch": "engine.run.step_before_epoch",
     "stop_reason": "engine.run.stop_reason",
-    "train_in_parts": "engine.stepper.train_in_parts(engine, parts, batch_size)",
+    "train_in_parts": "train_in_parts(engine, step, parts)",
     "training_step": "engine.stepper.train(engine, batch)",
     "validates": "engine.run.has_validation",
     "validation_length": "engine.current.length",

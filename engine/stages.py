@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ class CurrentStage:
     __slots__ = ("batch", "dataset", "is_stand_in", "length", "name", "output", "record", "share", "target")
 
     def __init__(
-        self, name: str = "", record: Record | None = None, length: int | None = None, dataset: str = ""
+        self,
+        name: str = "",
+        record: Record | None = None,
+        length: int | None = None,
+        dataset: str = "",
     ) -> None:
         self.name = name
         self.record = record
@@ -61,6 +66,17 @@ class CurrentStage:
         if self.is_stand_in:
             return 0
         return num_samples(self.batch) if self.record is None else self.record.num_samples(self.batch)
+
+    @contextmanager
+    def part(self, batch: Any) -> Iterator[Record]:
+        """Let ``batch`` be the present one in the block, such as a part; what that records counts if it succeeds."""
+        record, whole = self.record or refuse_outside_a_stage(), self.batch
+        self.batch = batch
+        try:
+            with record.postponed():
+                yield record
+        finally:
+            self.batch = whole
 
     def weigh(self, gradients: Tensor) -> None:
         """Multiply this rank's gradients, in place, by its share of the batch; without one they become 0.
@@ -82,6 +98,25 @@ def refuse_outside_a_stage() -> NoReturn:
     raise EngineStateError(
         "Values were recorded outside a stage. Record inside the body of engine.train(...) or engine.validate(...)."
     )
+
+
+def record_output(current: CurrentStage, output: Any) -> None:
+    """Record what a step returned; it is also the output that handlers see, if the step measured none.
+
+    Raises:
+        DataError: if it cannot be recorded.
+    """
+    if current.output is None:
+        current.output, current.target = output, NOTHING
+    if output is None:
+        return
+    if not isinstance(output, Tensor | Mapping):
+        raise DataError(
+            f"The step returned {output!r}, of type {type(output).__name__}. "
+            "Return None, a tensor, or a dict such as {'loss': loss}."
+        )
+    record = current.record or refuse_outside_a_stage()
+    record.add({"loss": output} if isinstance(output, Tensor) else output, current.num_samples())
 
 
 def checked_count(function: Callable[[Any], float | Tensor]) -> Callable[[Any], float | Tensor]:

@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
-from .batch import call_model, outline, prepare_batch, tree_map
+from .batch import call_model, outline, prepare_batch
 from .dispatch import describe
-from .errors import ConfigurationError, DataError, can_take
+from .errors import ConfigurationError, DataError, can_take, ran_out_of_memory
 from .loss_check import check_loss
 from .stages import refuse_outside_a_stage
 
@@ -101,25 +100,6 @@ class SupervisedStep:
         engine.update(loss, weight if current.share is None else None, optimizer=self.optimizer)
         _record(record, output, target, loss, terms, weight)
 
-    def train_in_parts(self, engine: Engine, parts: Sequence[Any]) -> None:
-        """Train on one batch that comes in parts, with the gradients and the averages of the whole batch.
-
-        Waits for the device if the engine's ``num_samples`` returns tensors.
-        """
-        record = engine.current.record or refuse_outside_a_stage()
-        counted = [record.num_samples(part) for part in parts]
-        weights = [one.item() if isinstance(one, Tensor) else one for one in counted]
-        if not any(weights):
-            parts, weights = parts[:1], weights[:1]
-        done: list[tuple[Any, Any, Tensor, Terms, float]] = []
-        for part, weight in zip(parts, weights, strict=True):
-            output, target, loss, terms = self._forward(engine, part)
-            engine.update(loss, weight, optimizer=self.optimizer, batch_size=sum(weights))
-            detached = tree_map(Tensor.detach, (output, terms))
-            done.append((detached[0], target, loss.detach(), detached[1], weight))
-        for values in done:  # only after all of them succeeded
-            _record(record, *values)
-
     def evaluate(self, engine: Engine, batch: Any, /) -> None:
         """Evaluate one batch."""
         output, target, loss, terms = self._forward(engine, batch)
@@ -158,9 +138,9 @@ class SupervisedStep:
             arguments = output if len(output) == self._num_loss_arguments else (*output, target)
         try:
             loss = loss_fn(*arguments)
-        except torch.OutOfMemoryError:
-            raise
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise
             taken, arguments_text = f"the output, {outline(output)}", "output"
             if self._num_loss_arguments != 1:
                 taken, arguments_text = f"{taken}, and the target, {outline(target)}", "output, target"

@@ -15,7 +15,8 @@ A little longer than other files, because the refusals say what to write for eac
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from .renamed import OF_UPDATE, refuse_old_names
 from .sharded import parts_like
 from .window import MAIN, Window, WindowSize, key_of
 
+_ONCE = "Let the step call engine.update(loss) once"
 Optimizers = tuple[torch.optim.Optimizer, ...]
 
 if TYPE_CHECKING:
@@ -47,6 +49,41 @@ class Progress(Protocol):
     num_skipped_updates: int
     current: CurrentStage
     run: Run
+
+
+class PartsOfBatch:
+    """A batch that comes in parts, each of which is to be one loss.
+
+    Args:
+        counts: by how much each part counts.
+        progress: what the engine is doing now.
+    """
+
+    def __init__(self, counts: Sequence[float], progress: Progress) -> None:
+        self._counts = counts
+        self._progress = progress
+        self._part = 0
+        self._has_loss = False
+
+    def take(self, num_samples: float | Tensor | None) -> tuple[float, float]:
+        """Return by how much the present part counts, of which this is the loss, and the whole batch."""
+        counted = self._counts[self._part]
+        if self._has_loss:
+            raise self._refusal("called engine.update a second time for one", _ONCE)
+        if num_samples is not None and float(num_samples) != counted:
+            said = f"called engine.update for {float(num_samples):g} samples, where it counts {counted:g}"
+            raise self._refusal(said, "State what the loss is a mean of as Engine(step, num_samples=...)")
+        self._has_loss = True
+        return counted, sum(self._counts)
+
+    def end_part(self) -> None:
+        """Expect the loss of the next part; that of this one must have come."""
+        if not self._has_loss:
+            raise self._refusal("did not call engine.update for one", _ONCE)
+        self._part, self._has_loss = self._part + 1, False
+
+    def _refusal(self, fact: str, advice: str) -> EngineStateError:
+        return EngineStateError(f"Step {self._progress.step} takes its batch in parts, and {fact}. {advice}.")
 
 
 @refuse_old_names("engine.update", OF_UPDATE)
@@ -88,6 +125,7 @@ class Update:
         self._num_before = 0  # updates of earlier runs
         self._scaler: torch.amp.GradScaler | None = None
         self._windows = {MAIN: Window(MAIN)}
+        self._parts_of: PartsOfBatch | None = None
 
     @property
     def window_size(self) -> WindowSize:
@@ -135,6 +173,8 @@ class Update:
                 training step.
         """
         progress = self._progress
+        if self._parts_of is not None:
+            num_samples, batch_size = self._parts_of.take(num_samples)
         if progress.current.name != "train":
             _refuse_outside_training(progress.current.name)
         check_loss(loss, self._parts)
@@ -200,6 +240,19 @@ class Update:
                 f"The batch of step {self._progress.step} has {here} samples, but {share.here} were read for it. "
                 "State what the loss is the mean of: engine.update(loss, num_samples)."
             )
+
+    @contextmanager
+    def in_parts(self, counts: Sequence[float]) -> Iterator[PartsOfBatch]:
+        """Take each loss in the block for that of a part of one batch; ``counts`` says by how much each part counts.
+
+        Raises:
+            EngineStateError: for a part that is not one loss.
+        """
+        self._parts_of = PartsOfBatch(counts, self._progress)
+        try:
+            yield self._parts_of
+        finally:
+            self._parts_of = None
 
     def begin_run(self) -> None:
         """Forget what an earlier run has left; loss scalers stay as they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import class_batches, refused
+from ranks import on_ranks
 from torch import nn
 
-from camshaft.callbacks import Ramp, RunCheckpoint
+from camshaft.callbacks import Distributed, Ramp, RunCheckpoint
 from camshaft.engine import Callback, ConfigurationError, Engine, StepEnd, Trainer, at
 
 DATA = class_batches(4, 4, 4)
@@ -29,12 +31,12 @@ class Weighted(nn.Module):
         return nn.functional.cross_entropy(output, target) + self.weight * output.square().mean()
 
 
-def trainer(*callbacks: Callback) -> Engine:
+def trainer(*callbacks: Callback, seed: int | None = None) -> Engine:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.0), nn.Linear(8, 3))
     groups: list[dict[str, Any]] = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.05}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
-    return Trainer(model, optimizer, Weighted(), callbacks=callbacks)
+    return Trainer(model, optimizer, Weighted(), callbacks=callbacks, seed=seed)
 
 
 def seen(engine: Engine, read: Callable[[Engine], Any], **options: Any) -> list[Any]:
@@ -141,6 +143,47 @@ def test_settings_that_cannot_work_are_refused_at_once(arguments: Any, said: str
         Ramp(*arguments)
     with refused(ConfigurationError, "Ramp has per='batch'."):
         Ramp("optimizer.lr", share, per="batch")  # type: ignore[arg-type]  # the point
+
+
+def falling(seconds: float) -> float:
+    return 0.1 * max(0.0, 1 - seconds / 3600)
+
+
+def test_per_second_the_value_follows_the_time_that_the_run_has_taken(tmp_path: Path) -> None:
+    """Also that of the run which is resumed; what lies between does not count."""
+    begun = time.monotonic()
+    first = trainer(Ramp("optimizer.lr", falling, per="second"), RunCheckpoint(tmp_path, every_steps=1))
+    first.subscribe(StepEnd, lambda event: time.sleep(0.03))
+    rates = seen(first, lambda engine: engine.parts["optimizer"].param_groups[0]["lr"], epochs=2)
+    took = time.monotonic() - begun
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] < 0.1
+    assert falling(5 * 0.03) >= rates[-1] >= falling(took)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    second = trainer(Ramp("optimizer.lr", falling, per="second"), RunCheckpoint(tmp_path, every_steps=1))
+    later = seen(second, lambda engine: engine.parts["optimizer"].param_groups[0]["lr"], epochs=3, resume="auto")
+    assert len(later) == 3
+    assert rates[-1] > later[0] > later[-1] >= falling(took + time.monotonic() - begun)
+
+
+def ramp_on_ranks() -> str:
+    engine = trainer(Distributed(), Ramp("optimizer.lr", falling, per="second"), seed=0)
+    try:
+        engine.fit(DATA, epochs=1)
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+def test_per_second_on_several_ranks_is_refused() -> None:
+    for said in on_ranks(2, ramp_on_ranks):
+        assert said.startswith('Ramp has per="second" on 2 ranks')
+
+
+def test_per_second_there_is_no_total() -> None:
+    with refused(ConfigurationError, "nobody knows how long the run takes", "Write lambda seconds"):
+        Ramp("optimizer.lr", share, per="second")
 
 
 def test_a_run_of_unknown_length_needs_a_function_of_what_is_done_alone() -> None:

@@ -35,6 +35,7 @@ from camshaft.engine import (
     SupervisedStep,
     Trainer,
     prepare_batch,
+    train_in_parts,
 )
 
 
@@ -136,8 +137,7 @@ def test_a_batch_in_parts_trains_and_records_as_the_whole_batch() -> None:
     class Parted(Doubled):
         def train(self, engine: Engine, batch: Batch, /) -> None:
             parts = [(batch[0][:5], batch[1][:5]), (batch[0][5:], batch[1][5:])]
-            assert isinstance(self.inner, SupervisedStep)
-            self.inner.train_in_parts(engine, parts)
+            train_in_parts(engine, self.inner, parts)
 
     parted.wrap_step(Parted)
     assert parted.fit(data, epochs=2)["train_loss"] == pytest.approx(whole.fit(data, epochs=2)["train_loss"])

@@ -47,7 +47,7 @@ def test_a_resumed_run_has_what_the_earlier_one_has_left(tmp_path: Path) -> None
     second.fit([0] * 1000, epochs=5, resume="auto")
     assert "are over" in second.history.reason
     assert 10 < second.step <= 14
-    assert stop.spent >= 14 * PAUSE
+    assert stop.state_dict()["spent"] >= 14 * PAUSE
 
 
 def test_each_fit_has_the_whole_time() -> None:
