@@ -28,7 +28,7 @@ import torch
 from helpers import class_batches, make_trainer, refused, run_python
 
 from camshaft.callbacks import ProgressBar, RunCheckpoint
-from camshaft.engine import ConfigurationError, Engine, StepEnd, ValidationStepEnd, at
+from camshaft.engine import ConfigurationError, Engine, StepEnd, Trainer, ValidationStepEnd, at
 
 BATCH = torch.zeros(1)
 SCRIPT = """
@@ -299,7 +299,7 @@ def test_the_lines_show_the_values_of_the_history() -> None:
     history = trainer.fit(class_batches(8, 8, 3), class_batches(16), epochs=3)
     *lines, _ = file.getvalue().splitlines()
     for line, train, val in zip(lines, history["train_loss"], history["val_loss"], strict=True):
-        assert f"  train_loss {train:.4f}  val_loss {val:.4f}  " in line
+        assert re.search(rf"  train_loss {train:.4f}  val_loss {val:.4f}[* ] ", line)
 
 
 def test_the_numbers_of_many_epochs_stand_in_one_column() -> None:
@@ -382,3 +382,101 @@ def test_an_epoch_that_is_resumed_shows_the_time_since_the_run_was_resumed(tmp_p
     seconds = re.search(r"^epoch 1/1 .* ([\d.]+)s$", file.getvalue(), re.MULTILINE)
     assert seconds is not None
     assert float(seconds[1]) < 60
+
+
+def validated(values: list[float], **settings: Any) -> str:
+    """Return what a run writes whose validations give these values, once as a loss and once as an accuracy."""
+    file = io.StringIO()
+    engine = Engine(
+        lambda engine, batch: (
+            {"loss": 1.0, "score": 1.0}
+            if engine.training
+            else {"loss": values[engine.num_validations - 1], "score": values[engine.num_validations - 1]}
+        ),
+        callbacks=[ProgressBar(file=file)],
+    )
+    engine.stages.declare("loss", higher_is_better=False)
+    engine.stages.declare("score", higher_is_better=True)
+    engine.fit([BATCH] * 4, [BATCH], **{"epochs": len(values), **settings})
+    return file.getvalue()
+
+
+def stars(text: str, name: str) -> list[bool]:
+    return [bool(star) for star in re.findall(rf"{name} \S+?(\*?) ", text)]
+
+
+def test_a_star_marks_a_value_that_is_better_than_all_before_it() -> None:
+    """Not the first one, of which that says nothing; not an equal one; never NaN."""
+    text = validated([5.0, 4.0, 4.0, 6.0, math.nan, 3.0])
+    assert stars(text, "val_loss") == [False, True, False, False, False, True]
+    assert stars(text, "val_score") == [False, False, False, True, False, False]
+    assert stars(text, "train_loss") == [False] * 6
+    lines = text.splitlines()[:4]
+    assert len({line.index("val_score") for line in lines}) == 1, "the columns stay columns"
+
+
+def test_of_several_validations_in_an_epoch_the_line_shows_the_last_and_marks_that_one_alone() -> None:
+    text = validated([5.0, 1.0, 2.0, 0.5], epochs=2, validate_every="2 steps")
+    assert stars(text, "val_loss") == [True, True]
+    assert stars(validated([5.0, 1.0, 2.0, 3.0], epochs=2, validate_every="2 steps"), "val_loss") == [True, False]
+
+
+def test_a_resumed_run_knows_the_best_of_the_run_before(tmp_path: Path) -> None:
+    losses = iter([5.0, 2.0, 3.0, 1.0])
+    written = []
+    for epochs in (2, 4):
+        file = io.StringIO()
+        engine = Engine(lambda engine, batch: None if engine.training else {"loss": next(losses)})
+        engine.stages.declare("loss", higher_is_better=False)
+        for callback in (ProgressBar(file=file), RunCheckpoint(tmp_path)):
+            engine.attach(callback)
+        engine.fit([BATCH], [BATCH], epochs=epochs, resume="auto")
+        written.append(stars(file.getvalue(), "val_loss"))
+    assert written == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize("no_color", [None, "", "1"])
+def test_a_best_value_is_green_on_a_terminal_and_never_with_no_color(
+    no_color: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    terminal = Terminal()
+    losses = iter([2.0, 1.0])
+    engine = Engine(lambda engine, batch: None if engine.training else {"loss": next(losses)})
+    engine.stages.declare("loss", higher_is_better=False)
+    engine.attach(ProgressBar(file=terminal.file))
+    engine.fit([BATCH], [BATCH], epochs=2)
+    text = terminal.text()
+    assert ("\033[32mval_loss 1.0000*\033[0m" in text) == (not no_color)
+    assert "val_loss 1.0000*" in text
+    assert "\033[32m" not in validated([2.0, 1.0]), "a file has no colours"
+
+
+def test_a_bar_shows_the_learning_rate_and_the_samples_in_a_second() -> None:
+    """As many as were trained, within what a repaint can know; a validation does not slow them down."""
+    terminal = Terminal(columns=140)
+
+    def slow(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return torch.nn.functional.cross_entropy(output, target)
+
+    model = torch.nn.Linear(4, 3)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.0125), slow)
+    trainer.attach(ProgressBar(repaint_seconds=0.05, file=terminal.file))
+    trainer.fit(class_batches(*[8] * 40), class_batches(*[8] * 20), epochs=2)
+    lines = [line for screen in terminal.screens() for line in screen if "lr 0.0125" in line]
+    assert len(lines) > 4
+    speeds = [float(found[1].replace(",", "")) for line in lines if (found := re.search(r"([\d,]+) samples/s", line))]
+    assert len(speeds) > 4
+    assert all(100 <= speed <= 400 for speed in speeds), speeds
+
+
+def test_a_batch_without_samples_is_counted_in_steps() -> None:
+    terminal = Terminal(columns=140)
+    engine = Engine(
+        lambda engine, batch: time.sleep(0.02), callbacks=[ProgressBar(repaint_seconds=0.01, file=terminal.file)]
+    )
+    engine.fit(["text"] * 20, epochs=1)
+    assert re.search(r"\d+\.\d steps/s", terminal.text())
