@@ -29,20 +29,22 @@ from camshaft.engine import (
     whole_number,
 )
 
+_MOST_KEPT = 1000  # losses
+
 
 class StopOnNonFinite(Callback):
     """Notices a loss that is NaN or infinite.
 
-    Each loss is checked on the device, into a number there: the first step at which it was so. "raise" and "stop" read
-    it every ``every_steps`` and at the end of the epoch, so that no step waits for the device. They then say which
+    The losses are kept on the device. "raise" and "stop" look at all of them together, every ``every_steps`` and at
+    the end of the epoch, so that no step waits for the device. They then say the first step at which it was so, which
     parameters and inputs are not finite, and which module is the first to return such values, by a forward pass of the
-    present batch in eval mode, if there is a part ``model``. "skip" has to know before each update, and
-    reads it there: one wait per update; the update, with `Accumulate` that of the whole window, is left out. The
-    averages of the epoch keep the loss that was seen.
+    present batch in eval mode, if there is a part ``model``. "skip" has to know before each update, and looks there:
+    one wait per update; the update, with `Accumulate` that of the whole window, is left out. The averages of the epoch
+    keep the loss that was seen.
 
     Args:
         policy: "raise" ends the run with an error, "stop" ends it with a reason, "skip" leaves updates out.
-        every_steps: how often the number is read.
+        every_steps: how often they are looked at.
 
     Raises:
         DataError: in a run, under "raise", naming the steps between which it happened.
@@ -57,6 +59,7 @@ class StopOnNonFinite(Callback):
         self.policy = policy
         self.every_steps = whole_number("StopOnNonFinite's every_steps", every_steps, least=1)
         self._first: dict[Optimizer, Tensor] = {}  # the first step with such a loss; infinite if there is none
+        self._losses: dict[Optimizer, list[tuple[int, Tensor]]] = {}  # with their steps: those not yet looked at
         self._read_at = 0
 
     def attach(self, engine: Engine) -> None:
@@ -71,18 +74,31 @@ class StopOnNonFinite(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Forget what an earlier run left unread."""
-        self._first = {}
+        self._first, self._losses = {}, {}
 
     def on_loss_ready(self, event: LossReady) -> None:
-        """Note the step on the device if the loss is not finite."""
-        seen = torch.where(torch.isfinite(event.loss.detach()), math.inf, float(event.engine.step))
-        before = self._first.get(event.optimizer)
-        self._first[event.optimizer] = seen if before is None else torch.minimum(before, seen)
+        """Keep the loss."""
+        losses = self._losses.setdefault(event.optimizer, [])
+        losses.append((event.engine.step, event.loss.detach()))
+        if len(losses) >= _MOST_KEPT:
+            self._look()
+
+    def _look(self) -> dict[Optimizer, Tensor]:
+        """Return, by optimizer, the first step with such a loss, on the device; nothing waits for it."""
+        for optimizer, losses in self._losses.items():
+            values = torch.stack([loss.reshape(()) for _, loss in losses])
+            numbers = torch.tensor([float(step) for step, _ in losses], pin_memory=values.is_cuda)
+            steps = numbers.to(values.device, non_blocking=True)
+            seen = torch.where(torch.isfinite(values), math.inf, steps).min()
+            before = self._first.get(optimizer)
+            self._first[optimizer] = seen if before is None else torch.minimum(before, seen)
+        self._losses = {}
+        return self._first
 
     def _read(self, event: StepEnd | EpochEnd) -> None:
         engine = event.engine
         since, self._read_at = self._read_at + 1, engine.step
-        numbers, self._first = self._first, {}
+        numbers, self._first = self._look(), {}
         first = min((float(number.min()) for number in numbers.values()), default=math.inf)
         if not engine.ranks.total(float(first < math.inf)):  # on several ranks, all see it at the same step
             return
@@ -99,15 +115,15 @@ class StopOnNonFinite(Callback):
         )
 
     def _skip(self, event: GradientsReady) -> None:
-        number = self._first.pop(event.optimizer, None)
+        number = self._look().pop(event.optimizer, None)
         seen = float(number is not None and float(number.min()) < math.inf)
         if event.engine.ranks.total(seen):  # on several ranks, all leave it out
             event.engine.run.skip_update()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers that are still to be read, by optimizer, and the step at which they were read last."""
-        optimizers = self._engine.parts.optimizers()
-        first = {name: self._first[part] for name, part in optimizers.items() if part in self._first}
+        optimizers, seen = self._engine.parts.optimizers(), self._look()
+        first = {name: seen[part] for name, part in optimizers.items() if part in seen}
         return {"read_at": self._read_at, "first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,6 +131,7 @@ class StopOnNonFinite(Callback):
         self._read_at = state["read_at"]
         optimizers, device = self._engine.parts.optimizers(), self._engine.parts.device
         self._first = {optimizers[name]: number.to(device) for name, number in state["first"].items()}
+        self._losses = {}
 
     def __repr__(self) -> str:
         return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"

@@ -323,3 +323,19 @@ def test_looking_changes_nothing() -> None:
     now, expected = trainer.parts["model"].state_dict(), again.parts["model"].state_dict()
     assert all(torch.equal(now[name], expected[name]) for name in state)
     assert not any(module._forward_hooks for module in trainer.parts["model"].modules())
+
+
+def test_many_losses_between_two_looks_take_bounded_memory_and_the_first_step_is_known() -> None:
+    handler = StopOnNonFinite("stop", every_steps=10**6)
+    most: list[int] = []
+
+    def step(engine: Engine, batch: float) -> None:
+        loss = engine.parts["model"](torch.ones(1, 1)).mean() * batch
+        engine.update(loss)
+        most.append(sum(len(tensor) for tensor in handler._losses.values()))
+
+    model = nn.Linear(1, 1)
+    engine = Engine(step, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), callbacks=[handler])
+    engine.fit([1.0] * 1499 + [math.nan] + [1.0] * 700, epochs=1)
+    assert "first at step 1500" in engine.history.reason
+    assert max(most) <= 1000
