@@ -18,6 +18,7 @@ from .monitor import Monitor
 from .non_finite import StopOnNonFinite
 from .placement import Placement
 from .precision import MixedPrecision
+from .profile import Profile
 from .progress import ProgressBar
 from .prune import Prune
 from .ramp import Ramp
@@ -67,6 +68,7 @@ __all__ = [
     "Ignite",
     "RunDirectory",
     "Report",
+    "Profile",
     "Export",
     # For authors of handlers.
     "Monitor",

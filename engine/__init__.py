@@ -16,7 +16,7 @@ from .checkpoint import (
     write_part,
 )
 from .data import Data, check_data, one_pass, repeat
-from .dispatch import Subscription
+from .dispatch import Subscription, describe
 from .engine import Engine
 from .errors import (
     CamshaftError,
@@ -121,6 +121,7 @@ __all__ = [
     "MissingPackageError",
     "CheckpointError",
     # For authors of handlers.
+    "describe",
     "did_you_mean",
     "is_number",
     "whole_number",

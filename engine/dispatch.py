@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from .when import NEVER, Always, When
 
 E = TypeVar("E", bound=Event)
 Handler = Callable[[E], object]
+Report = Callable[[Handler[Any], type[Event], float, float], None]
 
 
 class Subscription(Generic[E]):
@@ -55,6 +57,35 @@ class Subscription(Generic[E]):
 
     def __repr__(self) -> str:
         return f"{self._channel.event.__name__} -> {describe(self.handler)}{when_text(self.when)}"
+
+
+class Timed(Generic[E]):
+    """A handler with the time of its calls, also of those that it fails in.
+
+    Args:
+        handler: the handler.
+        report: told of each call: the handler, the class of the event, and the clock (``time.perf_counter``) before
+            and after.
+    """
+
+    __slots__ = ("_report", "handler", "num_calls", "seconds")
+
+    def __init__(self, handler: Handler[E], report: Report) -> None:
+        self.handler = handler
+        self.num_calls = 0
+        self.seconds = 0.0
+        self._report = report
+
+    def __call__(self, event: E) -> object:
+        """Call the handler."""
+        began = time.perf_counter()
+        try:
+            return self.handler(event)
+        finally:
+            ended = time.perf_counter()
+            self.num_calls += 1
+            self.seconds += ended - began
+            self._report(self.handler, type(event), began, ended)
 
 
 def _nothing(event: object) -> None:

@@ -769,6 +769,9 @@ class Engine:
         """Return the context that callbacks put around ``scope``; write ``with engine.scope("forward"):``."""
         return self.listeners.scope(scope)
 
-    def explain(self) -> str:
-        """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
-        return self.listeners.explain()
+    def explain(self, *, times: bool = False) -> str:
+        """Return which handlers run, when and in which order, one event a paragraph, in firing order.
+
+        With ``times``, and a `Profile` attached, also how often each was called and how long that took.
+        """
+        return self.listeners.explain(times=times)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from .callback import Callback, check_callback
-from .dispatch import Channel, Subscription, check_event, check_handler, describe, location, when_text
+from .dispatch import Channel, Report, Subscription, Timed, check_event, check_handler, describe, location, when_text
 from .errors import ConfigurationError, did_you_mean
 from .events import Event, known_events
 from .when import as_when
@@ -33,6 +33,7 @@ class Listeners:
         self.callbacks: list[Callback] = []
         self._channels: dict[type[Event], Channel[Any]] = {}
         self._managers: dict[Scope, list[Manager]] = {}
+        self._report: Report | None = None
 
     def attach(self, callback: Callback) -> None:
         """Attach one more callback, after the others.
@@ -77,7 +78,27 @@ class Listeners:
         """
         channel = self.channel(event)
         check_handler(event, handler)
-        return channel.add(handler, as_when(when))
+        subscription = channel.add(handler, as_when(when))
+        if self._report is not None:
+            subscription.call = Timed(handler, self._report)
+        return subscription
+
+    def time_handlers(self, report: Report) -> None:
+        """Take the time of each handler's calls from now on, also of those that are still to come.
+
+        Args:
+            report: called after each of them with the handler, the class of the event, and the clock
+                (``time.perf_counter``) before and after.
+
+        Raises:
+            ConfigurationError: if somebody takes it already.
+        """
+        if self._report is not None:
+            raise ConfigurationError("The handlers are timed already. Attach one Profile.")
+        self._report = report
+        for channel in self._channels.values():
+            for subscription in channel.subscriptions:
+                subscription.call = Timed(subscription.handler, report)
 
     def hears(self, event: type[Event]) -> bool:
         """Return whether the event has a handler: ask before building a costly event of your own."""
@@ -114,22 +135,37 @@ class Listeners:
             return _NOTHING
         return managers[0]() if len(managers) == 1 else _entered(managers)
 
-    def explain(self) -> str:
-        """Return which handlers run, when and in which order, one event a paragraph, in firing order."""
+    def explain(self, *, times: bool = False) -> str:
+        """Return which handlers run, when and in which order, one event a paragraph, in firing order.
+
+        Args:
+            times: with how often each was called, and how long that took.
+
+        Raises:
+            ConfigurationError: if nobody takes the time.
+        """
+        if times and self._report is None:
+            raise ConfigurationError("The handlers are not timed. Attach Profile() before the run.")
         order = list(known_events().values())
         heard = [channel for channel in self._channels.values() if channel.subscriptions]
         heard.sort(key=lambda channel: order.index(channel.event) if channel.event in order else len(order))
-        lines = [line for channel in heard for line in _explained(channel)] or ["No event has a handler."]
+        lines = [line for channel in heard for line in _explained(channel, times=times)] or ["No event has a handler."]
         lines += [f"around {scope}: {len(managers)} context managers" for scope, managers in self._managers.items()]
         return "\n".join(lines)
 
 
-def _explained(channel: Channel[Any]) -> list[str]:
+def _explained(channel: Channel[Any], *, times: bool) -> list[str]:
     handlers = [
         f"  {position}. {describe(s.handler)}{when_text(s.when)}  {location(s.handler)}".rstrip()
+        + (f"  {_times(s.call)}" if times and isinstance(s.call, Timed) else "")
         for position, s in enumerate(channel.subscriptions, start=1)
     ]
     return [channel.event.__name__, *handlers]
+
+
+def _times(timed: Timed[Any]) -> str:
+    each = 1e3 * timed.seconds / timed.num_calls if timed.num_calls else 0.0
+    return f"{timed.num_calls} calls, {each:.3g} ms each, {timed.seconds:.3g} s"
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -40,6 +40,7 @@ from camshaft.callbacks import (
     MixedPrecision,
     Penalty,
     Placement,
+    Profile,
     ProgressBar,
     Prune,
     Ramp,
@@ -135,12 +136,13 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
     "Export": lambda directory: Export(directory / "export" / "model.safetensors"),
     "Report": lambda directory: Report(directory / "report"),
+    "Profile": lambda directory: Profile(directory / "profile"),
 }
 
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Log", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "StopAfter",
+    "Log", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "Profile", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...
