@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import shutil
@@ -128,11 +129,16 @@ class Mirror:
         try:
             with self._system.open(target, "wb") as copy:
                 shutil.copyfileobj(file, copy, _PIECE)
+        except Exception as error:
+            logger.warning("%s could not be copied to %s: %r. The one on the disk is good.", name, self.url, error)
+            with contextlib.suppress(Exception):  # where there is a piece of it; its digest would give it away, too
+                self._system.rm_file(target)
+            raise
+        try:
             for old in superseded(self.files(), self._keep, self._keep_every):
                 self._system.rm_file(f"{self._root}/{old.path.name}")
         except Exception as error:
-            logger.warning("%s could not be copied to %s: %r. The one on the disk is good.", name, self.url, error)
-            raise
+            logger.warning("Older copies are still in %s: %r. The next copy tries again.", self.url, error)
 
     def _listed(self) -> list[CheckpointFile]:
         try:

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Unreliable(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
     store: dict[str, Any] = {}  # noqa: RUF012 - as in the class above, of which this must not be the store
     pseudo_dirs = [""]  # noqa: RUF012
     fails: set[int] = set()  # noqa: RUF012
+    breaks: set[int] = set()  # noqa: RUF012 - in the middle
     seconds = 0.0
     started: list[str] = []  # noqa: RUF012
     threads: set[str] = set()  # noqa: RUF012
@@ -58,7 +60,16 @@ class Unreliable(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
             time.sleep(self.seconds)
             if len(self.started) in self.fails:
                 raise ConnectionResetError("the other side is gone")
+            file = super()._open(path, mode, **options)
+            if len(self.started) in self.breaks:
+                file.write = partial(break_off, file, file.write)
+            return file
         return super()._open(path, mode, **options)
+
+
+def break_off(file: Any, write: Any, data: bytes) -> int:
+    write(data[: len(data) // 2])
+    raise ConnectionResetError("the other side is gone")
 
 
 fsspec.register_implementation("unreliable", Unreliable, clobber=True)
@@ -67,7 +78,7 @@ fsspec.register_implementation("unreliable", Unreliable, clobber=True)
 @pytest.fixture
 def unreliable() -> Iterator[str]:
     yield f"unreliable://{uuid.uuid4()}"
-    Unreliable.fails, Unreliable.seconds = set(), 0.0
+    Unreliable.fails, Unreliable.breaks, Unreliable.seconds = set(), set(), 0.0
     Unreliable.started, Unreliable.threads = [], set()
 
 
@@ -161,6 +172,15 @@ def test_a_failed_copy_is_a_warning_and_the_next_one_is_made(
     assert len(warned) == 2
     assert all("could not be copied" in one and "the other side is gone" in one for one in warned)
     assert names(unreliable) == sorted(path.name for path in (tmp_path / "run").glob("run-*"))
+
+
+def test_what_a_copy_that_broke_off_has_left_is_removed(unreliable: str, tmp_path: Path) -> None:
+    Unreliable.breaks = set(range(2, 100))
+    trainer = trainer_of(tmp_path / "run", mirror=unreliable)
+    trainer.subscribe(StepEnd, lambda event: time.sleep(0.05))
+    with pytest.raises(OSError, match="the other side is gone"):
+        fitted(trainer)
+    assert [name.split("-")[1] for name in names(unreliable)] == ["000001"]
 
 
 def test_if_the_last_copy_failed_it_is_an_error_when_all_else_is_done(unreliable: str, tmp_path: Path) -> None:
