@@ -10,6 +10,7 @@ from .early_stopping import EarlyStopping
 from .export import Export
 from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
+from .images import Images
 from .learning_rate_finder import LearningRateFinder
 from .log import Log
 from .metrics import Metrics
@@ -65,6 +66,7 @@ __all__ = [
     "Summary",
     "Log",
     "TensorBoard",
+    "Images",
     "Ignite",
     "RunDirectory",
     "Report",

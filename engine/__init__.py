@@ -74,7 +74,7 @@ from .stages import NOTHING, CurrentStage
 from .state import run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
-from .values import format_values, scalars
+from .values import format_values, label, scalars
 from .weights import average_name, load_weights, unwrap
 from .when import after, at, every, every_seconds, until
 
@@ -169,6 +169,7 @@ __all__ = [
     "scalars",
     "Arriving",
     "format_values",
+    "label",
     "values_of",
     "STAGES",
     "directory_for",

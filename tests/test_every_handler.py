@@ -34,6 +34,7 @@ from camshaft.callbacks import (
     Export,
     FreezeUntil,
     Ignite,
+    Images,
     Log,
     Metrics,
     MicroBatch,
@@ -93,6 +94,20 @@ def make_ignite(directory: Path) -> Ignite:
     return bridge
 
 
+def make_images(directory: Path) -> Images:
+    """One with a TensorBoard: it is refused where there is none."""
+    images = Images(lambda batch, output: batch[0][:, :1].reshape(-1, 1, 1, 1))
+    attach = images.attach
+
+    def attach_with_a_board(engine: Engine) -> None:
+        attach(engine)
+        if not any(isinstance(one, TensorBoard) for one in engine.listeners.callbacks):
+            engine.attach(TensorBoard(directory / "images"))
+
+    images.attach = attach_with_a_board  # type: ignore[method-assign]
+    return images
+
+
 def make_log(directory: Path) -> Log:
     """A log that somebody hears: it is refused where nobody does."""
     log = Log(2, gradients=True)
@@ -132,6 +147,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Summary": lambda directory: Summary(),
     "Log": make_log,
     "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
+    "Images": make_images,
     "Ignite": make_ignite,
     "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
     "Export": lambda directory: Export(directory / "export" / "model.safetensors"),
@@ -142,7 +158,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Log", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "Profile", "StopAfter",
+    "Log", "Images", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "Profile", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...
@@ -325,9 +341,9 @@ def test_a_second_engine_is_refused(name: str, tmp_path: Path) -> None:
 def test_the_same_engine_takes_a_handler_once(name: str, tmp_path: Path) -> None:
     handler = MAKE[name](tmp_path)
     engine = trainer(handler)
-    before = engine.explain()
+    before, callbacks = engine.explain(), list(engine.listeners.callbacks)
     check_refused(engine, handler)
-    assert engine.listeners.callbacks == [handler]
+    assert engine.listeners.callbacks == callbacks
     assert engine.explain() == before
 
 
