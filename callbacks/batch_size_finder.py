@@ -29,9 +29,7 @@ from camshaft.engine import (
     whole_number,
 )
 
-from .micro_batch import StepInParts
-from .placement import Placement
-from .precision import MixedPrecision
+from .scout import handlers_of_scout, whole_step
 
 logger = logging.getLogger("camshaft")
 
@@ -135,23 +133,14 @@ class BatchSizeFinder:
 
 def _scout(engine: Engine) -> Engine:
     """Return an engine that makes the steps of another one, and none of its handlers hears."""
-    step = engine.stepper.step if isinstance(engine.stepper, StepInParts) else engine.stepper
-    callbacks = [
-        Placement(engine.parts.device),
-        *(MixedPrecision(one.precision) for one in engine.listeners.callbacks if isinstance(one, MixedPrecision)),
-    ]
-    return Engine(step, callbacks=callbacks, num_samples=engine.stages["train"].num_samples, **engine.parts)
+    num_samples = engine.stages["train"].num_samples
+    return Engine(whole_step(engine), callbacks=handlers_of_scout(engine), num_samples=num_samples, **engine.parts)
 
 
 def _kept(engine: Engine) -> list[Callable[[], object]]:
     """Copy the states of the parts to the host, and return what puts them back."""
-    kept: list[Callable[[], object]] = []
-    for part in engine.parts.values():
-        if isinstance(part, nn.Module):
-            kept.append(_kept_tensors(part))
-        elif callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None)):
-            kept.append(_kept_state(part))
-    return kept
+    parts = engine.parts.stateful().values()
+    return [_kept_tensors(part) if isinstance(part, nn.Module) else _kept_state(part) for part in parts]
 
 
 def _kept_tensors(module: nn.Module) -> Callable[[], object]:

@@ -25,9 +25,7 @@ from camshaft.engine import (
 )
 
 from .distributed import Distributed
-from .micro_batch import StepInParts
-from .placement import Placement
-from .precision import MixedPrecision
+from .scout import handlers_of_scout, whole_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,8 +72,7 @@ class LearningRateFinder:
         Raises:
             DataError: if the loss never fell.
         """
-        step = trainer.stepper if isinstance(trainer, Engine) else None
-        step = step.step if isinstance(step, StepInParts) else step  # its batches are to fit
+        step = whole_step(trainer) if isinstance(trainer, Engine) else None
         if not isinstance(step, SupervisedStep):
             raise ConfigurationError(
                 f"LearningRateFinder needs what Trainer(...) returns, and got {_kind(trainer)}. Pass a trainer."
@@ -93,8 +90,7 @@ class LearningRateFinder:
                 for c in trainer.listeners.callbacks
                 if isinstance(c, Distributed) and trainer.ranks.several
             ),
-            Placement(trainer.parts.device),
-            *(MixedPrecision(c.precision) for c in trainer.listeners.callbacks if isinstance(c, MixedPrecision)),
+            *handlers_of_scout(trainer),
         ]
         scout = Trainer(model, optimizer, loss_fn, callbacks=callbacks, prepare_batch=step.prepare_batch,
                         seed=trainer.seed if trainer.ranks.several else None)  # fmt: skip

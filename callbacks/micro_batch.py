@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from camshaft.engine import (
-    NOTHING,
     Callback,
     ConfigurationError,
     Engine,
@@ -121,7 +120,7 @@ class StepInParts:
                 if rest > 0:
                     continue
                 if size < total:  # handlers see none, where it would be that of the last part
-                    engine.current.output, engine.current.target = None, NOTHING
+                    engine.current.forget_output()
                 return
             self._num_evaluated_parts *= 2  # outside of the handler, as above
             _announce("Out of memory in an evaluation: its batches now come in %d parts.", self._num_evaluated_parts)

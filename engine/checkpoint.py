@@ -25,8 +25,6 @@ from .sharded import Parts, put_together
 logger = logging.getLogger("camshaft")
 
 PART_DIGESTS = "part_digests"  # the key, in a checkpoint, of the digests of its parts in the order of the ranks
-
-
 _NAME = re.compile(r"run-(\d{6,})-step-(\d+)-([0-9a-f]{32})\.pt")
 
 

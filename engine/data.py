@@ -46,7 +46,7 @@ def as_sets(name: str, data: Data | Mapping[str, Data]) -> dict[str, Data]:
     """Return data sets by name, as they are evaluated one after the other; a single one has the name "".
 
     Raises:
-        ConfigurationError, DataError: for a name that is none, and as `check_data` does.
+        ConfigurationError, DataError: for what cannot be a name, and for data that `check_data` refuses.
 
     >>> as_sets("val", [1, 2]), as_sets("val", {"clean": [1], "noisy": [2]})
     ({'': [1, 2]}, {'clean': [1], 'noisy': [2]})

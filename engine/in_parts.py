@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .stages import NOTHING, record_output
+from .stages import record_output
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .step import Step
+    from .step import Step, StepOutput
 
 
 def train_in_parts(engine: Engine, step: Step, parts: Sequence[Any]) -> None:
@@ -31,17 +31,20 @@ def train_in_parts(engine: Engine, step: Step, parts: Sequence[Any]) -> None:
             parts, counted = parts[:1], counted[:1]
         with engine.update.in_parts(counted) as whole:
             for part in parts:
-                with current.part(part):
-                    current.output, current.target = None, NOTHING
-                    record_output(current, step.train(engine, part))
+                _take(engine, part, step.train)
                 whole.end_part()
     if len(parts) > 1:
-        current.output, current.target = None, NOTHING
+        current.forget_output()
 
 
 def evaluate_part(engine: Engine, step: Step, part: Any) -> None:
     """Evaluate a batch, or a part of one; if that fails, nothing is recorded."""
+    _take(engine, part, step.evaluate)
+
+
+def _take(engine: Engine, part: Any, act: Callable[[Engine, Any], StepOutput]) -> None:
+    """Train on a part, or evaluate it, and record what that returns."""
     current = engine.current
     with current.part(part):
-        current.output, current.target = None, NOTHING
-        record_output(current, step.evaluate(engine, part))
+        current.forget_output()
+        record_output(current, act(engine, part))

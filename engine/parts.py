@@ -46,6 +46,14 @@ class Parts(dict[str, Any]):
         """Return the parts that are optimizers, by name."""
         return {name: part for name, part in self.items() if isinstance(part, torch.optim.Optimizer)}
 
+    def stateful(self) -> dict[str, Any]:
+        """Return the parts that have a state which can be saved and loaded, by name."""
+        return {
+            name: part
+            for name, part in self.items()
+            if callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
+        }
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every parameter of every module, with its name within that module."""
         for module in self.modules().values():

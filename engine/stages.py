@@ -45,11 +45,7 @@ class CurrentStage:
     __slots__ = ("batch", "dataset", "is_stand_in", "length", "name", "output", "record", "share", "target")
 
     def __init__(
-        self,
-        name: str = "",
-        record: Record | None = None,
-        length: int | None = None,
-        dataset: str = "",
+        self, name: str = "", record: Record | None = None, length: int | None = None, dataset: str = ""
     ) -> None:
         self.name = name
         self.record = record
@@ -77,6 +73,10 @@ class CurrentStage:
                 yield record
         finally:
             self.batch = whole
+
+    def forget_output(self) -> None:
+        """Have no output: where there is none yet, or it would be that of a part of the batch."""
+        self.output, self.target = None, NOTHING
 
     def weigh(self, gradients: Tensor) -> None:
         """Multiply this rank's gradients, in place, by its share of the batch; without one they become 0.

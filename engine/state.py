@@ -360,12 +360,8 @@ def _has_groups(saved: Any) -> bool:
 
 def _stateful_parts(engine: Engine) -> dict[str, Any]:
     """Return the parts that have a state; a loss without parameters and buffers has none worth keeping."""
-    stateful = {
-        name: part
-        for name, part in engine.parts.items()
-        if callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
-    }
-    return {name: part for name, part in stateful.items() if not isinstance(part, nn.Module) or part.state_dict()}
+    stateful = engine.parts.stateful().items()
+    return {name: part for name, part in stateful if not isinstance(part, nn.Module) or part.state_dict()}
 
 
 def _unwrapped(part: Any) -> Any:

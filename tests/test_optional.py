@@ -46,8 +46,8 @@ def test_who_needs_a_package_that_is_missing_says_so_before_the_run(
 ) -> None:
     package, use = USERS[user]
     monkeypatch.chdir(tmp_path)
-    use_it = None if user == "Prune" else use()  # with the package, there is nothing to complain about
-    del use_it
+    if user != "Prune":  # of which this is no trial
+        use()  # with the package, there is nothing to complain about
     for module in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
