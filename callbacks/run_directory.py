@@ -189,18 +189,17 @@ class RunDirectory(Callback):
         own = partial(_is_of_thread, threading.get_ident())
         for handler in handlers:
             handler.addFilter(own)
-            root.addHandler(handler)
         try:
-            with _info_level:
-                yield
-        except GeneratorExit:  # the user's own loop was left: no failure
-            raise
-        except BaseException as error:
-            logger.error("The run failed.", exc_info=error)
-            raise
+            with _root_logger(handlers):
+                try:
+                    yield
+                except GeneratorExit:  # the user's own loop was left: no failure
+                    raise
+                except BaseException as error:
+                    logger.error("The run failed.", exc_info=error)
+                    raise
         finally:
             for handler in handlers:
-                root.removeHandler(handler)
                 handler.close()
 
     def __repr__(self) -> str:
@@ -212,15 +211,16 @@ def _is_of_thread(thread: int, record: logging.LogRecord) -> bool:
     return record.thread in (None, thread) or record.name.partition(".")[0] != "camshaft"
 
 
-class _InfoLevel:
-    """The root logger lets INFO through while any run is logged, in whichever thread."""
+class _RootLogger:
+    """The root logger has the handlers of each run, and lets INFO through while any is logged, in whichever thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_runs = 0
         self._level = logging.WARNING
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def __call__(self, handlers: list[logging.Handler]) -> Iterator[None]:
         root = logging.getLogger()
         with self._lock:
             if not self._num_runs:
@@ -228,15 +228,21 @@ class _InfoLevel:
             self._num_runs += 1
             if root.getEffectiveLevel() > logging.INFO:
                 root.setLevel(logging.INFO)
+            for handler in handlers:
+                root.addHandler(handler)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_runs -= 1
+                if not self._num_runs:
+                    root.setLevel(self._level)
+                # A new list: another thread may be going through the old one, where it would skip a handler if one
+                # before it were removed.
+                root.handlers = [handler for handler in root.handlers if handler not in handlers]
 
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._num_runs -= 1
-            if not self._num_runs:
-                logging.getLogger().setLevel(self._level)
 
-
-_info_level = _InfoLevel()
+_root_logger = _RootLogger()
 
 
 class _LogFile(logging.FileHandler):

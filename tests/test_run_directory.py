@@ -680,6 +680,34 @@ def test_two_runs_in_two_threads_have_a_log_each(tmp_path: Path) -> None:
         assert f"value is {mine[:3]}" in log
 
 
+def test_a_line_that_is_on_its_way_when_another_run_ends_reaches_its_own_log(tmp_path: Path) -> None:
+    """Logging goes through the list of handlers; the first of them leaves it in between."""
+    is_on_its_way, first_is_over = threading.Event(), threading.Event()
+    first, second = RunDirectory(tmp_path / "first", terminal=False), RunDirectory(tmp_path / "second", terminal=False)
+
+    def wait(record: logging.LogRecord) -> bool:
+        if record.msg == "a line of the second":
+            is_on_its_way.set()
+            assert first_is_over.wait(20)
+        return True
+
+    def train_second(event: EpochStart) -> None:
+        logging.getLogger().handlers[0].addFilter(wait)
+        thread.start()
+        assert is_on_its_way.wait(20)
+
+    engine, other = Engine(lambda engine, batch: None, callbacks=[first]), Engine(lambda engine, batch: None)
+    engine.subscribe(EpochStart, train_second)
+    other.attach(second)
+    other.subscribe(EpochEnd, lambda event: logging.getLogger("own").info("a line of the second"))
+    thread = threading.Thread(target=lambda: other.fit([torch.zeros(1)], epochs=1))
+    with bare_logging():
+        engine.fit([torch.zeros(1)], epochs=1)
+        first_is_over.set()
+        thread.join()
+    assert "a line of the second" in log(second)
+
+
 def test_a_line_of_another_thread_after_the_end_does_not_open_the_log_again(tmp_path: Path) -> None:
     """It may have been on its way to the log when the run ended."""
     kept: list[logging.Handler] = []
