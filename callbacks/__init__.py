@@ -32,6 +32,13 @@ from .schedule import Schedule
 from .stop_after import StopAfter
 from .summary import Summary
 from .tensorboard import TensorBoard
+from .track_clearml import ClearML
+from .track_comet import Comet
+from .track_json_lines import JsonLines
+from .track_mlflow import MLflow
+from .track_neptune import Neptune
+from .track_wandb import WandB
+from .tracker import Service, Tracker
 from .warmup import warmup_cosine
 from .weight_average import WeightAverage
 
@@ -67,6 +74,14 @@ __all__ = [
     "Log",
     "TensorBoard",
     "Images",
+    "Tracker",
+    "Service",
+    "JsonLines",
+    "WandB",
+    "MLflow",
+    "Comet",
+    "ClearML",
+    "Neptune",
     "Ignite",
     "RunDirectory",
     "Report",

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -319,3 +319,14 @@ def _holds(path: Path, digest: str) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == digest
     except OSError:
         return False
+
+
+def watched_value(callbacks: Iterable[Callback]) -> Monitor | None:
+    """Return the value that says which moment of a run was best.
+
+    It is the one of the first `BestCheckpoint`; without any, the one of the first handler that watches a value.
+    """
+    watching = [one for one in callbacks if isinstance(getattr(one, "monitor", None), Monitor)]
+    watching.sort(key=lambda one: not isinstance(one, BestCheckpoint))
+    monitor: Monitor | None = getattr(watching[0], "monitor", None) if watching else None
+    return monitor

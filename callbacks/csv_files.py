@@ -6,10 +6,12 @@ import csv
 import errno
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from camshaft.engine import write_durably
+
+FORMULA = ("=", "+", "-", "@")  # how one begins
 
 
 class RowsFile:
@@ -24,6 +26,11 @@ class RowsFile:
         self._columns: list[str] = []
         self._num_rows: int | None = None  # None: the file is still to be written as a whole
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether this run has written any."""
+        return bool(self._num_rows)
+
     def update(self, rows: list[dict[str, float]]) -> None:
         """Write those of the rows that are not in the file yet.
 
@@ -33,15 +40,19 @@ class RowsFile:
         written, self._num_rows = self._num_rows, None
         if written is None or any(row.keys() - self._columns for row in rows[written:]):
             self._columns = list(dict.fromkeys(column for row in rows for column in row))
-            text = _as_csv(self._columns, [dict(zip(self._columns, self._columns, strict=True)), *rows])
+            text = _as_csv(self._columns, [_head(self._columns), *rows])
             write_durably(self.path, lambda file: file.write(text.encode()))
         else:
-            _append(self.path, _as_csv(self._columns, rows[written:]).encode())
+            append(self.path, _as_csv(self._columns, rows[written:]).encode())
         self._num_rows = len(rows)
 
 
-def _append(path: Path, content: bytes) -> None:
-    """Append all of the content, or nothing."""
+def append(path: Path, content: bytes) -> None:
+    """Append all of the content, or nothing.
+
+    Raises:
+        OSError: if the disk is full, or the file cannot be written.
+    """
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -50,6 +61,19 @@ def _append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def _head(columns: Iterable[str]) -> dict[str, str]:
+    """Return the first line. What a spreadsheet would take for a formula begins with an apostrophe there.
+
+    >>> _head(["loss", "=1+1"])
+    {'loss': 'loss', '=1+1': "'=1+1"}
+    """
+    return {name: f"'{name}" if name.startswith(FORMULA) else name for name in columns}
+
+
+def _as_name(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
 
 
 def _as_csv(columns: list[str], rows: Sequence[Mapping[str, object]]) -> str:
@@ -80,7 +104,7 @@ class StepsFile:
         if new := [name for name in row if name not in columns]:
             columns = columns + new
             self._write_with(columns)
-        _append(self.path, _as_csv(columns, [row]).encode())
+        append(self.path, _as_csv(columns, [row]).encode())
         self._columns = columns
 
     def _columns_before(self, step: int) -> list[str]:
@@ -88,7 +112,7 @@ class StepsFile:
         if not self.path.exists():
             return []
         with open(self.path, "r+b") as file:
-            columns = next(csv.reader([file.readline().decode()]), [])
+            columns = [_as_name(cell) for cell in next(csv.reader([file.readline().decode()]), [])]
             end = file.tell()
             for line in file:
                 number = line.split(b",", 2)[1:2]
@@ -103,6 +127,8 @@ class StepsFile:
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with open(self.path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-        text = _as_csv(columns, [dict(zip(columns, columns, strict=True)), *rows])
+                lines = csv.reader(file)
+                names = [_as_name(cell) for cell in next(lines, [])]
+                rows = [dict(zip(names, line, strict=True)) for line in lines]
+        text = _as_csv(columns, [_head(columns), *rows])
         write_durably(self.path, lambda file: file.write(text.encode()))

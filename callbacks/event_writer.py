@@ -38,13 +38,7 @@ class EventWriter:
 
     def add_figure(self, name: str, figure: Any, step: int) -> None:
         """Write a matplotlib figure as an image."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        canvas: Any = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-        width, height = canvas.get_width_height()
-        self.add_image(name, pixels.reshape(height, width, 4)[:, :, :3].permute(2, 0, 1), step)
+        self.add_image(name, figure_pixels(figure), step)
 
     def add_histogram(self, name: str, values: Tensor, step: int) -> None:
         """Write the distribution of a tensor's values; those that are not finite are left out."""
@@ -60,3 +54,14 @@ class EventWriter:
         from tensorboardX.summary import text as text_summary
 
         self._write(step, lambda: text_summary(name, text))
+
+
+def figure_pixels(figure: Any) -> Tensor:
+    """Return a matplotlib figure as an image [3, H, W] of bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    width, height = canvas.get_width_height()
+    return pixels.reshape(height, width, 4)[:, :, :3].permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Images of each validation, in TensorBoard."""
+"""Images of each validation, in TensorBoard and experiment trackers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from camshaft.engine import (
 )
 
 from .tensorboard import TensorBoard
+from .tracker import Tracker
 
 logger = logging.getLogger("camshaft")
 
 
 class Images(Callback):
-    """Writes images of the first batch of each validation into the event file of the attached `TensorBoard`.
+    """Sends images of the first batch of each validation to every attached `TensorBoard` and `Tracker`.
 
     With data in the same order these are the same samples each time; TensorBoard has a slider over the steps.
 
@@ -42,7 +43,7 @@ class Images(Callback):
         num: how many images at most.
 
     Raises:
-        ConfigurationError: for settings that cannot work; before the first step if no `TensorBoard` is attached.
+        ConfigurationError: for settings that cannot work; before the first step if neither is attached.
         DataError: in the first validation, for what is no batch of images.
     """
 
@@ -57,7 +58,7 @@ class Images(Callback):
         self._images = images
         self.every = whole_number("Images' every", every, least=1)
         self.num = whole_number("Images' num", num, least=1)
-        self._board: TensorBoard | None = None
+        self._writers: list[TensorBoard | Tracker] = []
 
     def attach(self, engine: Engine) -> None:
         """Hear the first step of each validation."""
@@ -66,22 +67,23 @@ class Images(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Find where to write."""
-        boards = [one for one in event.engine.listeners.callbacks if isinstance(one, TensorBoard)]
-        if not boards:
-            raise ConfigurationError("Images writes into TensorBoard's file, and there is none. Attach TensorBoard().")
-        self._board = boards[0]
+        self._writers = [one for one in event.engine.listeners.callbacks if isinstance(one, TensorBoard | Tracker)]
+        if not self._writers:
+            raise ConfigurationError(
+                "Images are for TensorBoard or an experiment tracker, and there is neither. Attach TensorBoard()."
+            )
 
     def _write(self, event: ValidationStepEnd) -> None:
         engine = event.engine
-        if engine.num_validations % self.every or self._board is None:
+        if engine.num_validations % self.every:
             return
         if self._images is not None and event.output is None:
             logger.warning("Images had no output to show at step %d: the batch came in parts.", engine.step)
             return
         images = self._inputs(event) if self._images is None else self._images(event.batch, event.output)
-        self._board.writer.add_image(
-            f"{label('val', event.dataset)}_images", _side_by_side(images, self.num), engine.step
-        )
+        name, image = f"{label('val', event.dataset)}_images", _side_by_side(images, self.num)
+        for writer in self._writers:
+            (writer.writer if isinstance(writer, TensorBoard) else writer).add_image(name, image, engine.step)
 
     def _inputs(self, event: ValidationStepEnd) -> Any:
         stepper = event.engine.stepper

@@ -26,7 +26,8 @@ from camshaft.engine import (
     whole_number,
 )
 
-from .log_updates import UpdateMeter, name_after
+from .log_updates import UpdateMeter
+from .rates import learning_rates
 
 Sums = dict[str, tuple[float, float]]  # a sum and a count, by name
 
@@ -121,7 +122,7 @@ class Log(Callback):
         """Begin to bring the values of this step to the host, and announce those that have arrived."""
         engine, record = event.engine, event.engine.current.record
         assert record is not None  # a training step has one
-        measured = _rates(engine) | ({} if self._meter is None else self._meter.take())
+        measured = learning_rates(engine) | ({} if self._meter is None else self._meter.take())
         num_steps, seconds = self._clock.restart(engine.step)
         self._sent.append(_Row(engine.epoch, engine.step, record.send(), Arriving(measured), num_steps, seconds))
         self._announce(waits=False)
@@ -214,12 +215,3 @@ class _Clock:
         num_steps, seconds = step - self.step, self._seconds + time.monotonic() - self._began
         self.step, self._seconds, self._began = step, 0.0, time.monotonic()
         return num_steps, seconds
-
-
-def _rates(engine: Engine) -> dict[str, Any]:
-    """Return the learning rates, of which each is a number or a tensor."""
-    rates: dict[str, Any] = {}
-    for optimizer in engine.parts.optimizers().values():
-        name, groups = name_after("lr", engine, optimizer), optimizer.param_groups
-        rates |= {name if len(groups) == 1 else f"{name}_{at}": group["lr"] for at, group in enumerate(groups)}
-    return rates

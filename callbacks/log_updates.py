@@ -17,6 +17,8 @@ from camshaft.engine import (
     select_parameters,
 )
 
+from .rates import name_after
+
 
 class UpdateMeter:
     """Measures the last updates before every ``every``-th step; the values stay on the device.
@@ -87,20 +89,6 @@ class _JustBefore:
 
     def __repr__(self) -> str:
         return f"before every {self._every}. step"
-
-
-def name_after(name: str, engine: Engine, optimizer: torch.optim.Optimizer) -> str:
-    """Return the name of an optimizer's value, which has the name of its part where there are several.
-
-    >>> model = torch.nn.Linear(1, 1)
-    >>> engine = Engine(optimizer=torch.optim.SGD(model.parameters()))
-    >>> name_after("lr", engine, engine.parts["optimizer"])
-    'lr'
-    """
-    optimizers = engine.parts.optimizers()
-    if len(optimizers) == 1:
-        return name
-    return next((f"{name}_{part}" for part, one in optimizers.items() if one is optimizer), name)
 
 
 def _learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

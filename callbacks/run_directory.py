@@ -5,30 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from camshaft.engine import (
     Callback,
     ConfigurationError,
     Engine,
     EpochEnd,
+    EpochStart,
     FitEnd,
     FitStart,
     Logged,
+    RunFailed,
     ValidationEnd,
     ensure_writable,
     format_values,
@@ -36,30 +33,36 @@ from camshaft.engine import (
     launched_rank,
     remove_temporaries,
     sync_directory,
+    unwrap,
     values_of,
     write_durably,
 )
 
 from .csv_files import RowsFile, StepsFile
+from .environment import environment
 from .progress import ProgressBar, epoch_line
-from .secrets import command_without_secrets, without_secrets
+from .run_log import epoch_logger, run_log
+from .secrets import without_secrets
+from .timeline import Timeline
 
 logger = logging.getLogger("camshaft")
-epoch_logger = logging.getLogger("camshaft.epochs")
-
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class RunDirectory(Callback):
     """Makes ``<root>/<time the run started>`` and gives it to every handler that writes files.
 
-    It holds ``log.log`` (everything sent to Python's logging during a fit, also by your own loggers; but not
-    camshaft's lines of another fit in another thread), ``settings.json``, ``environment.json`` (versions, machine,
-    command), ``handlers.txt`` (what runs, when and in which order) and ``history.csv``, with a row for each epoch;
-    with validations in mid-epoch also ``validations.csv``, with a row for each of them, and with a `Log` also
-    ``steps.csv``. During a fit the log goes to the terminal as well, unless logging is set up already; the epochs'
-    lines are left to a `ProgressBar` where there is one. On several ranks, rank 0 makes the directory, and the others
-    write only a log there: ``log.rank1.log`` ...
+    It holds
+
+    * ``log.log``: everything sent to Python's logging during a fit, also by your own loggers; but not camshaft's lines
+      of another fit in another thread. During a fit the log goes to the terminal as well, unless logging is set up
+      already; the epochs' lines are left to a `ProgressBar` where there is one.
+    * ``history.csv``, with a row for each epoch; with validations in mid-epoch also ``validations.csv``, with a row
+      for each validation, and with a `Log` also ``steps.csv``.
+    * ``settings.json``, ``environment.json`` (versions, machine, command, git commit) and ``model.txt``.
+    * ``handlers.txt``: what runs, when and in which order; with a `Profile` also how long it took.
+    * ``timeline.jsonl``, for programs: when the run began, was resumed, ended each epoch, and ended.
+
+    On several ranks, rank 0 makes the directory, and the others write only a log there: ``log.rank1.log`` ...
 
     The value of a setting or an option with ``key``, ``token``, ``password`` or ``secret`` in its name is written as
     ``***``, unless it is a number of keys or tokens.
@@ -113,7 +116,7 @@ class RunDirectory(Callback):
             self._remove_new_directory()
             self.run_directory = earlier
             with contextlib.suppress(OSError):
-                remove_temporaries(earlier, "*.csv", "*.json", "handlers.txt")  # of a run that was killed
+                remove_temporaries(earlier, "*.csv", "*.json", "*.txt")  # of a run that was killed
             self._describe()
 
     def _describe(self) -> None:
@@ -132,15 +135,23 @@ class RunDirectory(Callback):
         """Log the settings; write down what will run in which order."""
         self._history, self._validations = RowsFile(self.path / "history.csv"), RowsFile(self.path / "validations.csv")
         self._steps = StepsFile(self.path / "steps.csv")
+        self._timeline = Timeline(self.path / "timeline.jsonl", event.engine)
         logger.info("Run directory: %s", self.path)
         logger.info("Settings: %s", json.dumps(without_secrets(self.settings), default=str))
         self._write("handlers.txt", event.engine.explain() + "\n")
+        self._write("model.txt", describe_parts(event.engine.parts.modules()))
+
+    def on_epoch_start(self, event: EpochStart) -> None:
+        """Note that the run has begun; only here is the step of a resumed one known."""
+        self._note(self._timeline.begin)
 
     def on_validation_end(self, event: ValidationEnd) -> None:
         """Log a validation in mid-epoch, and write all of them; the others are in the epoch's line."""
         validations = event.engine.history.validations
+        self._note(self._timeline.validation)
         if not event.engine.run.data_exhausted:
             epoch_logger.info("step %d  %s", event.engine.step, format_values(values_of(validations[-1])))
+        if not event.engine.run.data_exhausted or self._validations.has_rows:
             self._try(self._validations.path, lambda: self._validations.update(validations))
 
     def on_logged(self, event: Logged) -> None:
@@ -152,10 +163,21 @@ class RunDirectory(Callback):
         """Log the epoch and write the history."""
         epoch_logger.info("%s", epoch_line(event))
         self._try(self._history.path, lambda: self._history.update(event.engine.history.rows))
+        self._note(self._timeline.epoch)
+
+    def on_run_failed(self, event: RunFailed) -> None:
+        """Note why."""
+        self._note(lambda: self._timeline.failed(event.error))
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Log why the run ended."""
         epoch_logger.info("End of the run: %s", event.reason)
+        self._note(lambda: self._timeline.ended(event.reason))
+        if event.engine.listeners.is_timed:
+            self._write("handlers.txt", event.engine.explain(times=True) + "\n")
+
+    def _note(self, write: Callable[[], object]) -> None:
+        self._try(self._timeline.path, write)
 
     def _write(self, name: str, text: str) -> None:
         path = self.path / name
@@ -175,135 +197,25 @@ class RunDirectory(Callback):
 
     @contextmanager
     def _logging(self, engine: Engine) -> Iterator[None]:
-        root, self.run_directory = logging.getLogger(), engine.ranks.shared(self.run_directory)
+        self.run_directory = engine.ranks.shared(self.run_directory)
         name = "log.log" if self._is_main else f"log.rank{engine.ranks.rank}.log"
-        handlers: list[logging.Handler] = [_LogFile(self.path / name, encoding="utf-8")]
-        handlers[0].setFormatter(logging.Formatter(FORMAT))
-        if (
-            self.terminal
-            and self._is_main
-            and not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers)
-        ):
-            has_bar = any(isinstance(callback, ProgressBar) for callback in engine.listeners.callbacks)
-            handlers.append(_TerminalHandler(skip_epochs=has_bar))
-        own = partial(_is_of_thread, threading.get_ident())
-        for handler in handlers:
-            handler.addFilter(own)
-        try:
-            with _root_logger(handlers):
-                try:
-                    yield
-                except GeneratorExit:  # the user's own loop was left: no failure
-                    raise
-                except BaseException as error:
-                    logger.error("The run failed.", exc_info=error)
-                    raise
-        finally:
-            for handler in handlers:
-                handler.close()
+        has_bar = any(isinstance(callback, ProgressBar) for callback in engine.listeners.callbacks)
+        with run_log(self.path / name, terminal=self.terminal and self._is_main, skip_epochs=has_bar):
+            yield
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
 
 
-def _is_of_thread(thread: int, record: logging.LogRecord) -> bool:
-    """Return whether a line is of the run of this thread: camshaft's are of the thread in which they are logged."""
-    return record.thread in (None, thread) or record.name.partition(".")[0] != "camshaft"
-
-
-class _RootLogger:
-    """The root logger has the handlers of each run, and lets INFO through while any is logged, in whichever thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_runs = 0
-        self._level = logging.WARNING
-
-    @contextmanager
-    def __call__(self, handlers: list[logging.Handler]) -> Iterator[None]:
-        root = logging.getLogger()
-        with self._lock:
-            if not self._num_runs:
-                self._level = root.level
-            self._num_runs += 1
-            if root.getEffectiveLevel() > logging.INFO:
-                root.setLevel(logging.INFO)
-            for handler in handlers:
-                root.addHandler(handler)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_runs -= 1
-                if not self._num_runs:
-                    root.setLevel(self._level)
-                # A new list: another thread may be going through the old one, where it would skip a handler if one
-                # before it were removed.
-                root.handlers = [handler for handler in root.handlers if handler not in handlers]
-
-
-_root_logger = _RootLogger()
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that reports its first failure and is otherwise silent about failures."""
-
-    reported = False
-    is_closed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        if not self.reported:
-            self.reported = True
-            print(f"{self.baseFilename} could not be written: {sys.exc_info()[1]}.", file=sys.stderr)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; not one of another thread that comes after the end, for which logging would open it again."""
-        if not self.is_closed:
-            super().emit(record)
-
-    def close(self) -> None:
-        self.is_closed = True
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-class _TerminalHandler(logging.Handler):
-    """Prints records on standard error, above any progress bar."""
-
-    def __init__(self, *, skip_epochs: bool) -> None:
-        super().__init__()
-        self.skip_epochs = skip_epochs
-        self.setFormatter(logging.Formatter("%(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.skip_epochs and record.name == epoch_logger.name:
-            return
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def environment() -> dict[str, Any]:
-    """Return what a run ran on: command, versions, machine, devices."""
-    packages = ("camshaft", "torch", "torchvision", "numpy", "pytorch-ignite", "torchmetrics", "tensorboardX")
-    return {
-        "command": command_without_secrets(sys.argv),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "versions": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def describe_parts(modules: Mapping[str, nn.Module]) -> str:
+    """Return the modules as text, with their numbers of parameters."""
+    texts = []
+    for name, module in modules.items():
+        parameters = [one for one in unwrap(module).parameters() if not isinstance(one, UninitializedParameter)]
+        total = sum(one.numel() for one in parameters)
+        learning = sum(one.numel() for one in parameters if one.requires_grad)
+        texts.append(f"{name}: {total:,} parameters, {learning:,} of them are trained\n{unwrap(module)!r}\n")
+    return "\n".join(texts)
 
 
 def _make_directory(root: Path) -> Path:

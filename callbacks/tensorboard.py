@@ -155,7 +155,7 @@ class TensorBoard(Callback):
         for row in history.validations[self._num_written[0] :]:
             self._add(values_of(row), int(row["step"]))
         for row in history.rows[self._num_written[1] :]:
-            self._add(_only_of_epoch(row, history.validations), int(row["step"]))
+            self._add(only_of_epoch(row, history.validations), int(row["step"]))
         self._num_written = [len(history.validations), len(history.rows)]
 
     def _write_guarded(self, engine: Engine, write: Callable[[], None]) -> None:
@@ -223,7 +223,7 @@ class TensorBoard(Callback):
         return f"TensorBoard({str(self._wanted_directory) if self._wanted_directory else ''})"
 
 
-def _only_of_epoch(row: Mapping[str, float], validations: list[dict[str, float]]) -> dict[str, float]:
+def only_of_epoch(row: Mapping[str, float], validations: list[dict[str, float]]) -> dict[str, float]:
     """Return the training values of an epoch that its last validation does not have."""
     place = bisect_right(validations, row["epoch"], key=lambda other: other["epoch"])
     last = validations[place - 1] if place else {}

@@ -135,6 +135,11 @@ class Listeners:
             return _NOTHING
         return managers[0]() if len(managers) == 1 else _entered(managers)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the time of each handler is taken, as `Profile` asks for."""
+        return self._report is not None
+
     def explain(self, *, times: bool = False) -> str:
         """Return which handlers run, when and in which order, one event a paragraph, in firing order.
 
@@ -144,7 +149,7 @@ class Listeners:
         Raises:
             ConfigurationError: if nobody takes the time.
         """
-        if times and self._report is None:
+        if times and not self.is_timed:
             raise ConfigurationError("The handlers are not timed. Attach Profile() before the run.")
         order = list(known_events().values())
         heard = [channel for channel in self._channels.values() if channel.subscriptions]

@@ -35,6 +35,7 @@ from camshaft.callbacks import (
     FreezeUntil,
     Ignite,
     Images,
+    JsonLines,
     Log,
     Metrics,
     MicroBatch,
@@ -54,6 +55,7 @@ from camshaft.callbacks import (
     StopOnNonFinite,
     Summary,
     TensorBoard,
+    Tracker,
     WeightAverage,
     warmup_cosine,
 )
@@ -148,6 +150,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Log": make_log,
     "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
     "Images": make_images,
+    "Tracker": lambda directory: Tracker(JsonLines(directory / "values.jsonl")),
     "Ignite": make_ignite,
     "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
     "Export": lambda directory: Export(directory / "export" / "model.safetensors"),
@@ -158,7 +161,8 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Log", "Images", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "Profile", "StopAfter",
+    "Log", "Images", "Tracker", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "Profile",
+    "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...

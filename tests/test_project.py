@@ -17,15 +17,16 @@ from helpers import documented_events
 
 import camshaft.callbacks
 import camshaft.engine
+import camshaft.viewer
 from camshaft.engine import Callback, CamshaftError, Event
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
     f"{package.__name__}.{module.name}"
-    for package in (camshaft.engine, camshaft.callbacks)
+    for package in (camshaft.engine, camshaft.callbacks, camshaft.viewer)
     for module in pkgutil.iter_modules(package.__path__)
 ]
-SOURCES = sorted(path for folder in ("engine", "callbacks") for path in (ROOT / folder).glob("*.py"))
+SOURCES = sorted(path for folder in ("engine", "callbacks", "viewer") for path in (ROOT / folder).glob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -49,6 +50,12 @@ def test_the_engine_knows_no_handler(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.name)
 def test_a_handler_imports_only_the_floor_below(path: Path) -> None:
     assert not [name for name in imported(path) if name.startswith(("camshaft.callbacks", "examples", ".."))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "viewer").glob("*.py")), ids=lambda path: path.name)
+def test_what_shows_runs_knows_neither_the_engine_nor_handlers(path: Path) -> None:
+    """It reads files, and starts without torch."""
+    assert not [name for name in imported(path) if name.startswith(("camshaft", "examples", "..", "torch"))]
 
 
 def submodules_imported(path: Path) -> set[str]:
@@ -117,7 +124,7 @@ def test_the_examples_in_docstrings_run(name: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize("package", [camshaft.engine, camshaft.callbacks])
+@pytest.mark.parametrize("package", [camshaft.engine, camshaft.callbacks, camshaft.viewer])
 def test_every_exported_name_exists_and_says_what_it_is(package: object) -> None:
     names: list[str] = package.__all__  # type: ignore[attr-defined]  # a module
     assert len(names) == len(set(names))
@@ -139,9 +146,9 @@ def test_the_code_in_the_readme_runs_and_is_short(
     out = capsys.readouterr().out
     assert "epoch 1: loss" in out
     assert "step 10" in out
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     left = {path.name for path in run.iterdir()}
-    assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv"} < left
+    assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv", "report.html"} < left
 
 
 @pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md", "docs/data.md"])

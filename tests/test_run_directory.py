@@ -56,11 +56,11 @@ def log(run: RunDirectory) -> str:
 
 
 def test_it_holds_log_settings_environment_and_history(tmp_path: Path) -> None:
-    """Five files after a plain run, in a directory named by the time at which the run started."""
+    """Seven files after a plain run, in a directory named by the time at which the run started."""
     run = RunDirectory(tmp_path / "deep" / "runs")
     make_trainer(run).fit(TRAIN, VAL, epochs=2)
     assert {path.name for path in run.path.iterdir()} == {
-        "log.log", "settings.json", "environment.json", "history.csv", "handlers.txt",
+        "log.log", "settings.json", "environment.json", "history.csv", "handlers.txt", "model.txt", "timeline.jsonl",
     }  # fmt: skip
     assert run.path.parent == tmp_path / "deep" / "runs"
     assert pd.to_datetime(run.path.name, format="%Y-%m-%d_%H-%M-%S") <= pd.Timestamp.now()
