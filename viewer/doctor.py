@@ -56,7 +56,7 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
         extra = re.search(r"""extra == ['"](\w+)['"]""", requirement)
         if extra is None:
             required.append(name)
-        elif extra[1] not in ("dev", "bench", "docs", "examples") and name != "camshaft":
+        elif extra[1] not in ("dev", "bench", "docs", "examples", "moving") and name != "camshaft":
             extras.setdefault(extra[1], []).append(name)
     return required, extras
 
