@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 TYPED := build/typed/camshaft
 
-.PHONY: demo test test-all check format soak bench clean
+.PHONY: demo test test-all check format docs soak bench clean
 
 demo: $(READY)  ## train the digits recipe and say where its run directory is
 	$(RUN)/python examples/digits.py
@@ -26,6 +26,10 @@ check: $(READY) $(TYPED)  ## format, lint, types
 format: $(READY)  ## put the code in the one format
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+
+docs: $(READY) $(TYPED)  ## write the documentation as a site, build/site; a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 soak: $(READY)  ## kill and resume runs of 24 configurations 100 times, and compare them with those that ran through
 	$(RUN)/python tests/soak.py --kills 100

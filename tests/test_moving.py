@@ -52,4 +52,12 @@ def test_both_programs_of_the_page_end_with_the_same_numbers(page: Path, tmp_pat
 
 
 def test_there_is_a_page_for_each_of_those_that_people_come_from() -> None:
-    assert [page.stem for page in PAGES] == ["fastai", "ignite", "keras", "lightning", "loop", "torchkeras", "transformers"]
+    assert [page.stem for page in PAGES] == [
+        "fastai",
+        "ignite",
+        "keras",
+        "lightning",
+        "loop",
+        "torchkeras",
+        "transformers",
+    ]
