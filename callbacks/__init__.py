@@ -12,6 +12,7 @@ from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
 from .images import Images
 from .learning_rate_finder import LearningRateFinder
+from .live_curves import LiveCurves
 from .log import Log
 from .metrics import Metrics
 from .micro_batch import MicroBatch
@@ -51,6 +52,7 @@ __all__ = [
     "Deterministic",
     "Metrics",
     "ProgressBar",
+    "LiveCurves",
     "EarlyStopping",
     "BestCheckpoint",
     "RunCheckpoint",

@@ -36,6 +36,7 @@ from camshaft.callbacks import (
     Ignite,
     Images,
     JsonLines,
+    LiveCurves,
     Log,
     Metrics,
     MicroBatch,
@@ -132,6 +133,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Deterministic": lambda directory: Deterministic(),
     "Metrics": lambda directory: Metrics({"acc": accuracy}),
     "ProgressBar": lambda directory: ProgressBar(repaint_seconds=1e-9, file=Terminal()),
+    "LiveCurves": lambda directory: LiveCurves(),
     "EarlyStopping": lambda directory: EarlyStopping("val_loss", mode="min", patience=50),
     "BestCheckpoint": lambda directory: BestCheckpoint("val_loss", "min", directory / "best", top_k=2),
     "RunCheckpoint": lambda directory: RunCheckpoint(directory / "run"),
@@ -160,9 +162,9 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 
 # A handler is one of these: it leaves the weights that training gives as they are ...
 ONLY_WATCHES = {
-    "Metrics", "ProgressBar", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite", "TensorBoard",
-    "Log", "Images", "Tracker", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report", "Profile",
-    "StopAfter",
+    "Metrics", "ProgressBar", "LiveCurves", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite",
+    "TensorBoard", "Log", "Images", "Tracker", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report",
+    "Profile", "StopAfter",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...
