@@ -186,6 +186,16 @@ def test_a_failed_run_has_a_page_with_its_error_and_a_traceback(tmp_path: Path) 
     assert len(curve(page_data(run.path / "report.html"), "loss", "validation")["value"]) == 1
 
 
+def test_an_interrupted_run_has_a_page_that_says_by_what(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, terminal=False)
+    trainer = make_trainer(run, Report())
+    trainer.subscribe(StepEnd, lambda event: signal.raise_signal(signal.SIGTERM), when=at(15))
+    trainer.fit(TRAIN, VAL, epochs=3)
+    page = (run.path / "report.html").read_text()
+    assert '<span class="status interrupted">interrupted</span>' in page
+    assert "interrupted by SIGTERM" in page
+
+
 def test_without_plotly_there_is_no_page_and_a_line_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,7 +288,7 @@ def test_a_killed_run_leaves_a_whole_page_and_the_resumed_one_goes_on_in_it(tmp_
     settings = {"tests": str(Path(__file__).parent), "root": str(tmp_path / "runs"),
                 "checkpoints": str(tmp_path / "checkpoints")}  # fmt: skip
     script.write_text(KILLED.format(epochs=100_000, **settings))
-    for kill in range(4):
+    for kill in range(3):
         process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for _ in range(5 + 3 * kill):
@@ -296,7 +306,7 @@ def test_a_killed_run_leaves_a_whole_page_and_the_resumed_one_goes_on_in_it(tmp_
     assert [row["epoch"] for row in Run(run).epochs] == list(range(1, epochs + 1))
     assert Run(run).status == "ended"
     page = (run / "report.html").read_text()
-    assert page.count("<td>resumed</td>") == 4
+    assert page.count("<td>resumed</td>") == 3
     assert curve(page_data(run / "report.html"), "loss", "validation")["epoch"] == list(range(1, epochs + 1))
     clock = Run(run).clock
     assert clock == sorted(clock)
