@@ -20,7 +20,7 @@ test-all: $(READY)  ## every test that this machine can run, then those of `test
 check: $(READY) $(TYPED)  ## format, lint, types
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
-	MYPYPATH=build/typed $(RUN)/mypy -p camshaft.engine -p camshaft.callbacks -p camshaft.viewer
+	MYPYPATH=build/typed $(RUN)/mypy -p camshaft.engine -p camshaft.callbacks -p camshaft.testing -p camshaft.viewer
 	MYPYPATH=build/typed $(RUN)/mypy tests examples
 
 format: $(READY)  ## put the code in the one format
@@ -50,4 +50,5 @@ $(TYPED):
 	mkdir -p $@
 	ln -sfn ../../../engine $@/engine
 	ln -sfn ../../../callbacks $@/callbacks
+	ln -sfn ../../../testing $@/testing
 	ln -sfn ../../../viewer $@/viewer

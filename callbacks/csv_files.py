@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from camshaft.engine import write_durably
+
+from .appending import append
 
 FORMULA = ("=", "+", "-", "@")  # how one begins
 
@@ -45,22 +45,6 @@ class RowsFile:
         else:
             append(self.path, _as_csv(self._columns, rows[written:]).encode())
         self._num_rows = len(rows)
-
-
-def append(path: Path, content: bytes) -> None:
-    """Append all of the content, or nothing.
-
-    Raises:
-        OSError: if the disk is full, or the file cannot be written.
-    """
-    with open(path, "ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(end)
-            raise
 
 
 def _head(columns: Iterable[str]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from camshaft.engine import Engine
 
+from .appending import append
 from .best_checkpoint import watched_value
-from .csv_files import append
 from .rates import learning_rates
 
 

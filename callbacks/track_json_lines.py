@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camshaft.engine import ConfigurationError
 
-from .csv_files import append
+from .appending import append
 
 
 class JsonLines:

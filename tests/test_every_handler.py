@@ -17,10 +17,8 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
-from helpers import class_batches
 from ignite.metrics import Accuracy
-from torch import Tensor, nn
+from torch import Tensor
 
 import camshaft.callbacks
 from camshaft.callbacks import (
@@ -61,19 +59,15 @@ from camshaft.callbacks import (
     warmup_cosine,
 )
 from camshaft.engine import (
-    BatchReady,
     Callback,
     ConfigurationError,
     Engine,
-    FitEnd,
-    FitStart,
     Logged,
-    RunFailed,
-    Settled,
     StepEnd,
-    Trainer,
     at,
 )
+from camshaft.testing import CHECKS, toy_data, toy_engine
+from camshaft.testing.checks import Subject, equal, run_check
 
 # The handlers -----------------------------------------------------------------------------------------------
 
@@ -195,148 +189,37 @@ def test_every_handler_only_watches_or_changes_training() -> None:
 
 # What is trained --------------------------------------------------------------------------------------------
 
-TRAIN = class_batches(4, 3, 4, 2, 4)  # a window of two batches does not go into an epoch of five
-VAL = class_batches(3, 2, seed=2)
+TRAIN, VAL = toy_data()
 EPOCHS = 2
 STEPS = EPOCHS * len(TRAIN)
-
-
-class StepError(Exception):
-    """What goes wrong in a step."""
-
-
-class Loss(nn.CrossEntropyLoss):
-    """A loss that raises ``error``, if there is one."""
-
-    error: StepError | None = None
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if self.error is not None:
-            raise self.error
-        return super().forward(input, target)
-
-
-def trainer(*callbacks: Callback, seed: int = 0) -> Engine:
-    """A trainer whose results depend on the order of the updates and on the random numbers."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return Trainer(model, optimizer, Loss(), callbacks=callbacks)
 
 
 def fit(engine: Engine, **settings: Any) -> None:
     engine.fit(TRAIN, VAL, epochs=EPOCHS, **settings)
 
 
-def fit_in_used_directory(engine: Engine) -> None:
-    """Fit where an earlier run has written: one that makes checkpoints must be resumed there."""
-    fit(engine, resume="auto" if any(handler.checkpoints for handler in engine.listeners.callbacks) else None)
+# The checks that anybody's handler can be put to ---------------------------------------------------------------
 
-
-def count_ends(engine: Engine) -> list[str]:
-    """Return a list that grows by a reason whenever a run of the engine ends."""
-    reasons: list[str] = []
-    engine.subscribe(FitEnd, lambda event: reasons.append(event.reason))
-    return reasons
-
-
-def equal(ours: Any, theirs: Any) -> bool:
-    """Return whether two nests of plain values and tensors are the same to the bit."""
-    if isinstance(ours, Tensor):
-        return isinstance(theirs, Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    if isinstance(ours, dict):
-        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
-    return type(ours) is type(theirs) and bool(ours == theirs or (ours != ours and theirs != theirs))
-
-
-# How it shows itself ----------------------------------------------------------------------------------------
+# What they must do to the model, or to its numbers; that the weights stay as they are is tested below.
+CHANGES_THE_MODEL = {"Compile", "Recompute"}
+VARIES = ("spent", "name")  # seconds; the time at which a run directory was made
 
 
 @every_handler
-def test_the_repr_is_one_line_that_begins_with_the_class_and_has_no_address(name: str, tmp_path: Path) -> None:
-    handler = MAKE[name](tmp_path)
-    before = repr(handler)
-    fit(trainer(handler))
-    for text in (before, repr(handler)):
-        assert text.startswith(f"{name}(")
-        assert text.endswith(")")
-        assert "\n" not in text
-        assert " at 0x" not in text
-
-
-@every_handler
-def test_two_handlers_that_are_made_alike_have_the_same_repr(name: str, tmp_path: Path) -> None:
-    """Before a run, and after two that are alike."""
-    first, second = MAKE[name](tmp_path), MAKE[name](tmp_path)
-    assert text_without_directory(first) == text_without_directory(second)
-    fit(trainer(first))
-    fit_in_used_directory(trainer(second))
-    assert text_without_directory(first) == text_without_directory(second)
-
-
-def text_without_directory(handler: Callback) -> str:
-    """Return the repr, less the directory that belongs to one handler alone."""
-    return repr(handler).replace(str(handler.run_directory), "its directory")
-
-
-# Its state --------------------------------------------------------------------------------------------------
-
-
-@every_handler
-def test_the_state_can_be_loaded_safely_and_is_taken_back_as_it_was(name: str, tmp_path: Path) -> None:
-    """In mid-epoch, where there is most to keep, and after the run."""
-    handler = MAKE[name](tmp_path)
-    engine, states = trainer(handler), []
-    engine.subscribe(Settled, lambda event: states.append(through_a_file(handler, tmp_path)), when=at(3))
-    fit(engine)
-    states.append(through_a_file(handler, tmp_path))
-    for state in states:
-        assert equal(taken_back(MAKE[name](tmp_path), state), state)
-
-
-def through_a_file(handler: Callback, directory: Path) -> dict[str, Any]:
-    """Return the state of a handler as it comes out of a file."""
-    torch.save(handler.state_dict(), directory / "state.pt")
-    loaded: dict[str, Any] = torch.load(directory / "state.pt", weights_only=True)
-    assert equal(loaded, handler.state_dict())
-    return loaded
-
-
-def taken_back(handler: Callback, state: dict[str, Any]) -> dict[str, Any]:
-    """Load a state when a resumed run would, and return what the handler makes of it."""
-    states = []
-
-    def load(event: FitStart) -> None:
-        handler.load_state_dict(state)
-        states.append(handler.state_dict())
-
-    engine = trainer(handler, seed=1)
-    engine.subscribe(FitStart, load)
-    handler.before_resume(state)
-    fit_in_used_directory(engine)
-    return states[0]
+@pytest.mark.parametrize("check", CHECKS)
+def test_it_passes_every_check_of_the_testing_kit(name: str, check: str, tmp_path: Path) -> None:
+    changes = name in CHANGES_TRAINING | CHANGES_THE_MODEL
+    run_check(check, Subject(MAKE[name], tmp_path, changes, frozenset(VARIES)))
 
 
 # Its life ---------------------------------------------------------------------------------------------------
 
 
 @every_handler
-def test_an_engine_can_fit_twice(name: str, tmp_path: Path) -> None:
-    engine = trainer(MAKE[name](tmp_path))
-    ends = count_ends(engine)
-    fit(engine)
-    fit(engine)
-    assert ends == ["2 epochs done"] * 2
-    assert [row["epoch"] for row in engine.history.rows] == [1, 2, 3, 4]
-
-
-@every_handler
 def test_a_second_engine_is_refused(name: str, tmp_path: Path) -> None:
     handler = MAKE[name](tmp_path)
-    fit(trainer(handler))
-    second = trainer()
+    fit(toy_engine(handler))
+    second = toy_engine()
     before = second.explain()
     check_refused(second, handler)
     assert second.listeners.callbacks == []
@@ -346,7 +229,7 @@ def test_a_second_engine_is_refused(name: str, tmp_path: Path) -> None:
 @every_handler
 def test_the_same_engine_takes_a_handler_once(name: str, tmp_path: Path) -> None:
     handler = MAKE[name](tmp_path)
-    engine = trainer(handler)
+    engine = toy_engine(handler)
     before, callbacks = engine.explain(), list(engine.listeners.callbacks)
     check_refused(engine, handler)
     assert engine.listeners.callbacks == callbacks
@@ -363,32 +246,16 @@ def check_refused(engine: Engine, handler: Callback) -> None:
     assert sentences[1].endswith(".")
 
 
-@every_handler
-def test_an_error_in_the_step_reaches_the_caller_and_the_engine_can_fit_again(name: str, tmp_path: Path) -> None:
-    engine = trainer(MAKE[name](tmp_path))
-    loss, error, ends, failures = engine.parts["loss_fn"], StepError("it broke"), count_ends(engine), []
-    engine.subscribe(BatchReady, lambda event: setattr(loss, "error", error), when=at(3))
-    engine.subscribe(RunFailed, lambda event: failures.append(event.error))
-    with pytest.raises(StepError) as caught:
-        fit(engine)
-    assert caught.value is error
-    assert failures == [error]
-    assert ends == ["failed with StepError: it broke"]
-    loss.error = None
-    fit(engine)
-    assert ends[1:] == ["2 epochs done"]
-    assert [row["epoch"] for row in engine.history.rows] == [2, 3]
-    assert failures == [error]
-
-
 # A run that is cut ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_handler
-@pytest.mark.parametrize("validate_every", [None, pytest.param("2 steps", marks=pytest.mark.slow)])
-def test_a_run_cut_after_any_step_and_resumed_ends_as_the_run_left_alone(
-    name: str, validate_every: str | None, tmp_path: Path
+def test_a_run_with_validations_in_mid_epoch_that_is_cut_and_resumed_ends_as_the_run_left_alone(
+    name: str, tmp_path: Path
 ) -> None:
+    """Without them, this is a check of the testing kit."""
+    validate_every = "2 steps"
     left_alone = run(name, tmp_path / "alone", validate_every=validate_every)
     assert left_alone["step"] == STEPS
     different = {}
@@ -407,7 +274,7 @@ def test_a_run_cut_after_the_last_step_of_an_epoch_can_be_resumed_with_a_metric_
     for resume in (None, "auto"):
         bridge = Ignite()
         Accuracy().attach(bridge.train, "acc")
-        engine = trainer(bridge, RunCheckpoint(tmp_path))
+        engine = toy_engine(bridge, RunCheckpoint(tmp_path))
         if resume is None:
             engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(len(TRAIN)))
         fit(engine, resume=resume)
@@ -417,7 +284,7 @@ def test_a_run_cut_after_the_last_step_of_an_epoch_can_be_resumed_with_a_metric_
 def run(name: str, directory: Path, *, cut_at: int = 0, seed: int = 0, **settings: Any) -> dict[str, Any]:
     """Run a training as a new process would, and return what it came to."""
     handler = MAKE[name](directory)
-    engine = trainer(handler, seed=seed)
+    engine = toy_engine(handler, seed=seed)
     if not isinstance(handler, RunCheckpoint):
         engine.attach(RunCheckpoint(directory / "run"))
     if cut_at:
@@ -449,7 +316,7 @@ def outcome(engine: Engine, handler: Callback) -> dict[str, Any]:
 @cache
 def without_handler() -> dict[str, Any]:
     """What the run comes to without any handler."""
-    engine = trainer()
+    engine = toy_engine()
     fit(engine)
     return trained(engine)
 
@@ -462,7 +329,7 @@ def trained(engine: Engine) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(ONLY_WATCHES | CHANGES_NOTHING_HERE))
 def test_a_handler_that_only_watches_leaves_every_bit_of_the_training_as_it_is(name: str, tmp_path: Path) -> None:
-    engine = trainer(MAKE[name](tmp_path))
+    engine = toy_engine(MAKE[name](tmp_path))
     fit(engine)
     assert equal(trained(engine), without_handler())
 
@@ -470,6 +337,6 @@ def test_a_handler_that_only_watches_leaves_every_bit_of_the_training_as_it_is(n
 @pytest.mark.parametrize("name", sorted(CHANGES_TRAINING))
 def test_a_handler_that_changes_training_does_so_in_this_run(name: str, tmp_path: Path) -> None:
     """Or the other tests would say little of it."""
-    engine = trainer(MAKE[name](tmp_path))
+    engine = toy_engine(MAKE[name](tmp_path))
     fit(engine)
     assert not equal(trained(engine)["model"], without_handler()["model"])

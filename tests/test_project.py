@@ -17,16 +17,19 @@ from helpers import documented_events
 
 import camshaft.callbacks
 import camshaft.engine
+import camshaft.testing
 import camshaft.viewer
 from camshaft.engine import Callback, CamshaftError, Event
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
     f"{package.__name__}.{module.name}"
-    for package in (camshaft.engine, camshaft.callbacks, camshaft.viewer)
+    for package in (camshaft.engine, camshaft.callbacks, camshaft.testing, camshaft.viewer)
     for module in pkgutil.iter_modules(package.__path__)
 ]
-SOURCES = sorted(path for folder in ("engine", "callbacks", "viewer") for path in (ROOT / folder).glob("*.py"))
+SOURCES = sorted(
+    path for folder in ("engine", "callbacks", "testing", "viewer") for path in (ROOT / folder).glob("*.py")
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -50,6 +53,11 @@ def test_the_engine_knows_no_handler(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.name)
 def test_a_handler_imports_only_the_floor_below(path: Path) -> None:
     assert not [name for name in imported(path) if name.startswith(("camshaft.callbacks", "examples", ".."))]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.name)
+def test_no_handler_needs_the_testing_kit(path: Path) -> None:
+    assert not [name for name in imported(path) if name.startswith("camshaft.testing")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "viewer").glob("*.py")), ids=lambda path: path.name)
@@ -124,7 +132,7 @@ def test_the_examples_in_docstrings_run(name: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize("package", [camshaft.engine, camshaft.callbacks, camshaft.viewer])
+@pytest.mark.parametrize("package", [camshaft.engine, camshaft.callbacks, camshaft.testing, camshaft.viewer])
 def test_every_exported_name_exists_and_says_what_it_is(package: object) -> None:
     names: list[str] = package.__all__  # type: ignore[attr-defined]  # a module
     assert len(names) == len(set(names))
@@ -151,7 +159,9 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv", "report.html"} < left
 
 
-@pytest.mark.parametrize("page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md", "docs/data.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md", "docs/data.md", "docs/testing.md"]
+)
 def test_the_code_in_the_docs_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page == "docs/data.md":
         pytest.importorskip("transformers.models.gpt2.modeling_gpt2", exc_type=ImportError)  # not with an older torch

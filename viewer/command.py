@@ -25,6 +25,10 @@ RUNS = Path("runs")  # where RunDirectory() makes them
 LAST = "last"
 
 
+class _CannotError(Exception):
+    """What was asked for cannot be done, with what to write instead."""
+
+
 class _RunName(click.ParamType[Run]):
     """A run: a path, the name of one in ``runs/``, or "last"."""
 
@@ -103,11 +107,9 @@ def _check_value(by: str, mode: Mode | None, runs: Sequence[Run]) -> None:
     if by not in known:
         values = [name for name in known if name not in ("epoch", "step")]
         close = "".join(f'Did you mean "{one}"? ' for one in get_close_matches(by, values, 1))
-        raise RunNotFoundError(f'No run has a value "{by}". {close}Values: {", ".join(values) or "none"}.')
+        raise _CannotError(f'No run has a value "{by}". {close}Values: {", ".join(values) or "none"}.')
     if mode is None:
-        raise RunNotFoundError(
-            f'No run says whether more or less of "{by}" is better. Write --mode min or --mode max.'
-        )
+        raise _CannotError(f'No run says whether more or less of "{by}" is better. Write --mode min or --mode max.')
 
 
 @app.command()
@@ -278,14 +280,14 @@ def _write(path: Path, make: Callable[[], str]) -> None:
     try:
         path.write_text(make(), encoding="utf-8")
     except OSError as error:
-        raise RunNotFoundError(f"{path} could not be written: {error.strerror}. Choose another place.") from error
+        raise _CannotError(f"{path} could not be written: {error.strerror}. Choose another place.") from error
 
 
 def main() -> NoReturn:
     """Run the command."""
     try:
         app(standalone_mode=False)
-    except RunNotFoundError as error:
+    except (RunNotFoundError, _CannotError) as error:
         click.echo(_plain(str(error)), err=True)
         sys.exit(1)
     except click.UsageError as error:
