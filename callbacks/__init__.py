@@ -8,6 +8,7 @@ from .deterministic import Deterministic
 from .distributed import Distributed
 from .early_stopping import EarlyStopping
 from .export import Export
+from .fingerprint import Fingerprint
 from .gradients import Accumulate, ClipGradients
 from .ignite import Ignite
 from .images import Images
@@ -88,6 +89,7 @@ __all__ = [
     "RunDirectory",
     "Report",
     "Profile",
+    "Fingerprint",
     "Export",
     # For authors of handlers.
     "Monitor",

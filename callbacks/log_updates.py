@@ -37,8 +37,8 @@ class UpdateMeter:
         self._each = select_parameters(engine.parts.module("model", "Log"), each) if each != () else {}
         self._measured: dict[str, Tensor] = {}
         self._weights: dict[torch.optim.Optimizer, list[Tensor]] = {}  # as they were before the present update
-        engine.subscribe(GradientsReady, self._look_at_gradients, when=_JustBefore(engine, every))
-        engine.subscribe(UpdateEnd, self._look_at_update, when=_JustBefore(engine, every))
+        engine.subscribe(GradientsReady, self._look_at_gradients, when=JustBefore(engine, every))
+        engine.subscribe(UpdateEnd, self._look_at_update, when=JustBefore(engine, every))
 
     def take(self) -> dict[str, Tensor]:
         """Return the values of the newest update, and forget them."""
@@ -64,8 +64,8 @@ class UpdateMeter:
             self._measured[name] = _norm(changes) / _norm(before)
 
 
-class _JustBefore:
-    """A filter over updates: those after which there may be no other before the next row.
+class JustBefore:
+    """A filter over what happens once in a step or less: the last before each ``every``-th step has ended, at least.
 
     An update is made at least once in a window, so it is enough to look at those of the last window.
     """
@@ -75,9 +75,11 @@ class _JustBefore:
         self._every = every
 
     def __call__(self, count: int, /) -> bool:
+        """Return whether this one is to be looked at."""
         return self._steps_to_wait() <= 0
 
     def next_due(self, count: int, /) -> int:
+        """Return the count up to which none has to be looked at."""
         return count + max(1, self._steps_to_wait() // (2 * self._window()))  # half of the way, as some may be skipped
 
     def _steps_to_wait(self) -> int:

@@ -3,7 +3,7 @@
 The first names are for everybody; those after `CheckpointError` are for authors of handlers, see docs/handlers.md.
 """
 
-from .arriving import Arriving
+from .arriving import Arriving, ArrivingTensor
 from .batch import call_model, cut, first_tensor, move, num_samples, outline, prepare_batch, tree_map
 from .callback import Callback
 from .checkpoint import (
@@ -168,6 +168,7 @@ __all__ = [
     "as_metrics",
     "scalars",
     "Arriving",
+    "ArrivingTensor",
     "format_values",
     "label",
     "values_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,3 +44,33 @@ def _sent(value: float | Tensor) -> float | Tensor:
     if not isinstance(value, Tensor) or not value.is_cuda:
         return float(value)
     return torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value.detach().reshape(()), non_blocking=True)
+
+
+class ArrivingTensor:
+    """A tensor whose copy to the host has begun, so that nothing has to wait for the device.
+
+    Args:
+        tensor: one on another device than CUDA's is copied at once.
+
+    >>> ArrivingTensor(torch.tensor([1, 2])).tolist()
+    [1, 2]
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        tensor = tensor.detach()
+        self._event = torch.cuda.Event() if tensor.is_cuda else None
+        if self._event is None:
+            self._tensor = tensor.cpu()
+        else:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event.record()
+
+    def is_done(self) -> bool:
+        """Return whether it has arrived; does not wait."""
+        return self._event is None or bool(self._event.query())
+
+    def tolist(self) -> Any:
+        """Return its values; waits if it has not arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.tolist()

@@ -3,8 +3,8 @@
     python examples/digits.py    # scikit-learn's 1,797 bundled digits, no download
     python examples/digits.py --data mnist --batch-size 128 --lr 0.01    # MNIST through torchvision
 
-Leaves a run directory with the loss and accuracy curves, the confusion matrix, the best weights, the log, the
-settings, the history and TensorBoard events.
+Leaves a run directory with a page (`report.html`), the loss and accuracy curves, the confusion matrix of the best
+epoch, the best weights, the log, the settings, the history and TensorBoard events.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from camshaft.callbacks import (
     Distributed,
     EarlyStopping,
     Export,
+    Fingerprint,
     FreezeUntil,
     Ignite,
     Images,
@@ -151,6 +152,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "RunDirectory": lambda directory: RunDirectory(directory / "runs"),
     "Export": lambda directory: Export(directory / "export" / "model.safetensors"),
     "Report": lambda directory: Report(directory / "report"),
+    "Fingerprint": lambda directory: Fingerprint(2, directory / "fingerprint"),
     "Profile": lambda directory: Profile(directory / "profile"),
 }
 
@@ -158,7 +160,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "LiveCurves", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite",
     "TensorBoard", "Log", "Images", "Tracker", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report",
-    "Profile", "StopAfter",
+    "Profile", "StopAfter", "Fingerprint",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...

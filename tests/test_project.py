@@ -159,9 +159,10 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv", "report.html"} < left
 
 
-@pytest.mark.parametrize(
-    "page", ["docs/update.md", "docs/handlers.md", "docs/ranks.md", "docs/data.md", "docs/testing.md"]
-)
+PAGES_WITH_CODE = ("update", "handlers", "ranks", "data", "testing", "reproducing")
+
+
+@pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES_WITH_CODE])
 def test_the_code_in_the_docs_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page == "docs/data.md":
         pytest.importorskip("transformers.models.gpt2.modeling_gpt2", exc_type=ImportError)  # not with an older torch

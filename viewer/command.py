@@ -181,6 +181,25 @@ def compare(runs: tuple[Run, ...], output: Path, as_json: bool) -> None:
 
 
 @app.command()
+@click.argument("runs", type=_RunName(), nargs=2)
+@_as_json
+def diff(runs: tuple[Run, Run], as_json: bool) -> None:
+    """Find the first step in which two RUNS differ, by what a Fingerprint has written; exit with 1 if they do."""
+    from .difference import first_difference
+
+    for run in runs:
+        if not run.text("fingerprints.jsonl"):
+            raise _CannotError(f"{run.path} has no fingerprints.jsonl. Attach Fingerprint(every=...) to a run.")
+    found = first_difference(*runs)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        click.echo(found.in_words())
+    if found.step is not None:
+        sys.exit(1)
+
+
+@app.command()
 @_as_json
 def doctor(as_json: bool) -> None:
     """Look at devices, versions and compilers, and say what is missing and how to install it."""
