@@ -96,7 +96,8 @@ class Fingerprint(Callback):
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._taken.clear()
         self._sent.clear()
-        self._is_new_file, self._has_failed = not engine.run.is_resuming, False
+        self._is_new_file = not engine.run.is_resuming and engine.step == 0  # a second fit goes on after the first
+        self._has_failed = False
 
     def _take_batch(self, event: BatchReady) -> None:
         engine = event.engine
@@ -181,7 +182,10 @@ class _Row:
 
     def __init__(self, epoch: int, step: int, taken: dict[Kind, Tensor]) -> None:
         self.epoch, self.step, self._kinds = epoch, step, list(taken)
-        self.digests = ArrivingTensor(torch.stack(list(taken.values())) if taken else torch.zeros(0))
+        # A batch may be on the host yet, if this handler comes before the one that places it.
+        device = next((value.device for value in taken.values() if value.device.type != "cpu"), torch.device("cpu"))
+        together = [value.to(device, non_blocking=True) for value in taken.values()]
+        self.digests = ArrivingTensor(torch.stack(together) if together else torch.zeros(0))
 
     def as_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.step}

@@ -17,7 +17,7 @@ from helpers import refused
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from camshaft.callbacks import Accumulate, Fingerprint, RunCheckpoint, RunDirectory
+from camshaft.callbacks import Accumulate, Fingerprint, Placement, RunCheckpoint, RunDirectory
 from camshaft.callbacks.fingerprint import digest
 from camshaft.engine import (
     BatchReady,
@@ -216,6 +216,33 @@ def test_the_order_of_elements_matters_and_that_of_memory_does_not() -> None:
     assert digest(one) != digest(one.flip(0))
     matrix = torch.randn(4, 5)
     assert digest(matrix) == digest(matrix.T.contiguous().T)
+
+
+def test_a_second_fit_goes_on_in_the_file_and_a_new_engine_begins_it_anew(tmp_path: Path) -> None:
+    def trainer() -> Engine:
+        model = nn.Linear(6, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=[Fingerprint(40, tmp_path)])
+
+    for _ in range(2):
+        engine = trainer()
+        engine.fit(data(), epochs=1)
+        engine.fit(data(), epochs=1)
+        assert [row["step"] for row in rows(tmp_path)] == [40, 80, 120, 160, 200]
+
+
+@pytest.mark.gpu
+def test_a_batch_that_is_not_placed_yet_is_compared_all_the_same(tmp_path: Path) -> None:
+    def run(root: Path, *callbacks: Callback) -> list[dict[str, Any]]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks).fit(data(), epochs=1)
+        return rows(root)
+
+    before = run(tmp_path / "a", Fingerprint(10, tmp_path / "a"), Placement("cuda"))
+    after = run(tmp_path / "b", Placement("cuda"), Fingerprint(10, tmp_path / "b"))
+    assert before == after
 
 
 def test_a_file_that_cannot_be_written_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
