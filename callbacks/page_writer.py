@@ -52,6 +52,8 @@ class PageWriter:
             self._thread.join()
         if self._script is not None:
             self._write(matrices)
+            if not self._has_warned:
+                logger.info("The page of the run: %s", self.directory / "report.html")
 
     def _find_script(self) -> Path | None:
         try:

@@ -71,7 +71,7 @@ def test_the_picture_is_drawn_again_and_takes_a_tenth_of_the_time(tmp_path: Path
     done = executed(notebook_of(cell), tmp_path).cells[0]
     number, last, seconds = printed(done).split()
     assert int(last) == 200
-    assert 2 <= int(number) <= 3 + float(seconds) / 0.3
+    assert 2 <= int(number) <= 3 + float(seconds) / 0.1
     assert len(pictures(done)) == 1
 
 

@@ -192,6 +192,7 @@ def test_an_interrupted_run_has_a_page_that_says_by_what(tmp_path: Path) -> None
     trainer.subscribe(StepEnd, lambda event: signal.raise_signal(signal.SIGTERM), when=at(15))
     trainer.fit(TRAIN, VAL, epochs=3)
     page = (run.path / "report.html").read_text()
+    assert f"The page of the run: {run.path / 'report.html'}" in (run.path / "log.log").read_text()
     assert '<span class="status interrupted">interrupted</span>' in page
     assert "interrupted by SIGTERM" in page
 
