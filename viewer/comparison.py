@@ -53,7 +53,9 @@ def _reached(runs: Sequence[Run], names: Sequence[str]) -> str:
             "" if best is None or watched is None else f"{watched} {best[watched]:.6g} (epoch {int(best['epoch'])})",
             str((run.environment.get("git") or {}).get("commit") or "")[:12],
         ))  # fmt: skip
-    return table(("run", "status", "took", "epochs", "best", "commit"), rows)
+    heads = ("run", "status", "took", "epochs", "best", "commit")
+    kept = [number for number in range(len(heads)) if any(row[number] for row in rows)]
+    return table([heads[at] for at in kept], [[row[at] for at in kept] for row in rows], numbers=True)
 
 
 def differing(values: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -91,7 +91,10 @@
       title: { text: plain(shortened(panel.title)), font: { size: 15 }, x: 0.02, xanchor: "left", y: 0.97, yanchor: "top" },
       margin: { l: 56, r: 14, t: 58, b: 40 },
       paper_bgcolor: ground, plot_bgcolor: ground, font: { color: ink, size: 12 },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+      // Several lines of names would cover the title: then they are below.
+      legend: innerWidth < 600 && panel.curves.length > 2
+        ? { orientation: "h", x: 0, y: -0.25, yanchor: "top", font: { size: 11 } }
+        : { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
       shapes: best ? [{
         type: "line", x0: best[axis.value], x1: best[axis.value], yref: "paper", y0: 0, y1: 1, layer: "below",
         line: { color: ink, width: 1, dash: "dot" },
