@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def append(path: Path, content: bytes) -> None:
@@ -21,3 +23,18 @@ def append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def cut(file: BinaryIO, is_kept: Callable[[bytes], bool]) -> None:
+    """Keep a file's lines from its present place up to the first that is not kept, or that was cut off by a kill.
+
+    Args:
+        file: open for reading and writing.
+        is_kept: whether a whole line is.
+    """
+    end = file.tell()
+    for line in file:
+        if not line.endswith(b"\n") or not is_kept(line):
+            break
+        end += len(line)
+    file.truncate(end)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from camshaft.engine import write_durably
 
-from .appending import append
+from .appending import append, cut
 
 FORMULA = ("=", "+", "-", "@")  # how one begins
 
@@ -45,6 +45,11 @@ class RowsFile:
         else:
             append(self.path, _as_csv(self._columns, rows[written:]).encode())
         self._num_rows = len(rows)
+
+
+def _is_before(step: int, line: bytes) -> bool:
+    number = line.split(b",", 2)[1:2]
+    return bool(number) and number[0].isdigit() and int(number[0]) < step
 
 
 def _head(columns: Iterable[str]) -> dict[str, str]:
@@ -97,13 +102,7 @@ class StepsFile:
             return []
         with open(self.path, "r+b") as file:
             columns = [_as_name(cell) for cell in next(csv.reader([file.readline().decode()]), [])]
-            end = file.tell()
-            for line in file:
-                number = line.split(b",", 2)[1:2]
-                if not line.endswith(b"\n") or not number or not number[0].isdigit() or int(number[0]) >= step:
-                    break
-                end += len(line)
-            file.truncate(end)
+            cut(file, lambda line: _is_before(step, line))
         return columns
 
     def _write_with(self, columns: list[str]) -> None:

@@ -44,8 +44,7 @@ class EventWriter:
         """Write the distribution of a tensor's values; those that are not finite are left out."""
         from tensorboardX.summary import histogram
 
-        finite = values.detach().float().flatten()
-        finite = finite[finite.isfinite()].cpu()
+        finite = finite_values(values)
         if len(finite):
             self._write(step, lambda: histogram(name, finite.numpy(), bins=50))
 
@@ -54,6 +53,12 @@ class EventWriter:
         from tensorboardX.summary import text as text_summary
 
         self._write(step, lambda: text_summary(name, text))
+
+
+def finite_values(values: Tensor) -> Tensor:
+    """Return those of a tensor's values that are finite, [N] on the host."""
+    flat = values.detach().float().flatten()
+    return flat[flat.isfinite()].cpu()
 
 
 def figure_pixels(figure: Any) -> Tensor:

@@ -32,7 +32,7 @@ from camshaft.engine import (
     whole_number,
 )
 
-from .appending import append
+from .appending import append, cut
 from .log_updates import JustBefore
 from .rates import name_after
 
@@ -166,12 +166,7 @@ class Fingerprint(Callback):
         is_new, self._is_new_file = self._is_new_file, None
         with open(self._path, "a+b") as file:
             file.seek(0)
-            end = 0
-            for line in file if not is_new else ():
-                if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
-                    break
-                end += len(line)
-            file.truncate(end)
+            cut(file, lambda line: not is_new and json.loads(line)["step"] < step)
 
     def __repr__(self) -> str:
         return f"Fingerprint(every={self.every})"

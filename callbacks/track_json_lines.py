@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camshaft.engine import ConfigurationError
 
-from .appending import append
+from .appending import append, cut
 
 
 class JsonLines:
@@ -45,15 +45,7 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             file.seek(0)
-            end = 0
-            for line in file if run_id is not None else ():
-                if not line.endswith(b"\n"):
-                    break  # the run was killed while it was written
-                row = json.loads(line)
-                if row["step"] > sent.get(row["of"], -1):
-                    break
-                end += len(line)
-            file.truncate(end)
+            cut(file, lambda line: run_id is not None and _was_sent(json.loads(line), sent))
         return self.path.name
 
     def log(self, kind: str, values: Mapping[str, float], step: int) -> None:
@@ -73,3 +65,8 @@ class JsonLines:
 
     def __repr__(self) -> str:
         return f"JsonLines({'' if self._wanted is None else repr(str(self._wanted))})"
+
+
+def _was_sent(row: Mapping[str, Any], sent: Mapping[str, int]) -> bool:
+    step: int = row["step"]
+    return step <= sent.get(row["of"], -1)

@@ -29,7 +29,7 @@ from camshaft.engine import (
     write_durably,
 )
 
-from .event_writer import figure_pixels
+from .event_writer import figure_pixels, finite_values
 from .run_directory import RunDirectory
 from .secrets import without_secrets
 from .tensorboard import only_of_epoch
@@ -167,8 +167,7 @@ class Tracker(Callback):
 
     def add_histogram(self, name: str, values: Tensor, step: int) -> None:
         """Send the distribution of a tensor's finite values; for handlers of yours."""
-        finite = values.detach().float().flatten()
-        finite = finite[finite.isfinite()].cpu()
+        finite = finite_values(values)
         if len(finite):
             self._guarded(lambda: self.service.add_histogram(name, finite, step))
 

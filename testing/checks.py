@@ -277,22 +277,13 @@ def keeps_no_outputs(subject: Subject) -> None:
 @_check
 def keeps_safely_loadable_state(subject: Subject) -> None:
     """Its state comes out of a file as it went in, with nothing but tensors and plain values."""
-    handler, every = subject.made()
-    engine, states = toy_engine(*every), []
-    engine.subscribe(Settled, lambda event: states.append(_through_a_file(subject, handler)), when=at(3))
-    engine.fit(*toy_data(), epochs=2)
-    _through_a_file(subject, handler)
+    _states_of_a_run(subject)
 
 
 @_check
 def takes_its_state_back(subject: Subject) -> None:
     """A new handler that loads its state returns the same state."""
-    handler, every = subject.made()
-    engine, states = toy_engine(*every), []
-    engine.subscribe(Settled, lambda event: states.append(_through_a_file(subject, handler)), when=at(3))
-    engine.fit(*toy_data(), epochs=2)
-    states.append(_through_a_file(subject, handler))
-    for state in states:
+    for state in _states_of_a_run(subject):
         other, others = subject.made()  # in the same directory: the state may name files
         engine, taken = toy_engine(*others), list[dict[str, Any]]()
 
@@ -510,7 +501,16 @@ def _fit(engine: Engine) -> None:
     engine.fit(*toy_data(), epochs=2, resume="auto" if keeps else None)
 
 
-def _through_a_file(subject: Subject, handler: Callback) -> dict[str, Any]:
+def _states_of_a_run(subject: Subject) -> list[dict[str, Any]]:
+    """Return the handler's states in mid-epoch, where there is most to keep, and after a run, out of files."""
+    handler, every = subject.made()
+    engine, states = toy_engine(*every), list[dict[str, Any]]()
+    engine.subscribe(Settled, lambda event: states.append(_through_a_file(handler)), when=at(3))
+    engine.fit(*toy_data(), epochs=2)
+    return [*states, _through_a_file(handler)]
+
+
+def _through_a_file(handler: Callback) -> dict[str, Any]:
     """Return the handler's state as it comes out of a file.
 
     Raises:

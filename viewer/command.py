@@ -118,7 +118,7 @@ def _check_value(by: str, mode: Mode | None, runs: Sequence[Run]) -> None:
 @_as_json
 def show(run: Run, page: bool, as_json: bool) -> None:
     """Show what RUN has reached, with which settings, and where its page is."""
-    best = run.best(run.watched)
+    best = run.best_row
     path = run.path / "report.html"
     if page:
         from .page import run_page
@@ -165,7 +165,7 @@ def compare(runs: tuple[Run, ...], output: Path, as_json: bool) -> None:
     names = short_names(runs)
     columns, rows = differing([run.settings for run in runs], names)
     if as_json:
-        facts = [_facts(run, run.watched, run.best(run.watched)) for run in runs]
+        facts = [_facts(run, run.watched, run.best_row) for run in runs]
         settings = {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
         _print_json({"runs": facts, "differing_settings": settings})
         return

@@ -47,7 +47,7 @@ def short_names(runs: Sequence[Run]) -> list[str]:
 def _reached(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = []
     for run, name in zip(runs, names, strict=True):
-        best, watched = run.best(run.watched), run.watched
+        best, watched = run.best_row, run.watched
         rows.append((
             name, run.status, duration(run.seconds), str(len(run.epochs)),
             "" if best is None or watched is None else f"{watched} {best[watched]:.6g} (epoch {int(best['epoch'])})",

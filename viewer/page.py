@@ -44,14 +44,14 @@ def run_page(run: Run, plotly: Path | None) -> str:
         section("Environment", pairs(run.environment), is_open=False),
         section("End of the log", preformatted(run.text("log.log", LOG_END)), is_open=False),
     ])  # fmt: skip
-    best = run.best(run.watched)
+    best = run.best_row
     curves = {"panels": drawn, "best": None if best is None else axes.place(best["step"])}
     return page(f"{run.name} · camshaft", body, curves, seen_from(run.path, plotly))
 
 
 def _head(run: Run) -> str:
     status, git = run.status, run.environment.get("git") or {}
-    best = run.best(run.watched)
+    best = run.best_row
     done = int(run.epochs[-1]["epoch"]) if run.epochs else 0
     step = int(run.moments[-1]["step"]) if run.moments else 0
     facts = [
@@ -83,7 +83,7 @@ def _traceback(run: Run) -> str:
 def _values(rows: Sequence[Row], run: Run, file: str) -> str:
     """Return a table of rows of values; of very many, the first, the last, and the best."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    best = run.best(run.watched)
+    best = run.best_row
     is_best = [best is not None and _place(row) == _place(best) for row in rows]
     last, first = ROWS - ROWS // 10, ROWS // 10
     kept = [number for number in range(len(rows)) if number < first or number >= len(rows) - last or is_best[number]]

@@ -174,6 +174,11 @@ class Run:
         return (min if mode == "min" else max)(known, key=lambda row: row[name])
 
     @cached_property
+    def best_row(self) -> Row | None:
+        """The row in which the value that is watched was best."""
+        return self.best(self.watched)
+
+    @cached_property
     def clock(self) -> list[tuple[int, float]]:
         """Steps, and the seconds of running until each.
 
