@@ -100,7 +100,7 @@ class Export(Callback):
         """
         engine = event.engine
         self._subscription.cancel()
-        if self._failed or engine.run.interrupted is not None or self._example is None:
+        if self._failed or engine.run.breaks_off or self._example is None:
             return
         with engine.evaluating():  # on every rank; the first one writes
             for path in self._paths(engine):

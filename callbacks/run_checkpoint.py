@@ -148,7 +148,7 @@ class RunCheckpoint(Callback):
         """Save if it is due."""
         engine = event.engine
         here = (engine.epoch, engine.step, engine.run.phase, engine.num_validations)
-        if here != self._saved_at and self._is_due(engine):
+        if here != self._saved_at and engine.run.goes_back_to is None and self._is_due(engine):
             self._error = self._save_in_parts(engine) if self._is_in_parts(engine) else self._save_whole(engine)
             self._owns = self._owns or self._error is None
             self._saved_at = here if self._error is None else None
@@ -214,6 +214,8 @@ class RunCheckpoint(Callback):
 
     def _save_whole(self, engine: Engine) -> OSError | None:
         state = run_state(engine)
+        if engine.run.goes_back_to is not None:  # asked for by a handler whose state this is: it is not to be kept
+            return None
         return engine.ranks.on_main(lambda: self._save(state, engine))
 
     def _save_in_parts(self, engine: Engine) -> OSError | None:

@@ -148,7 +148,7 @@ class Tracker(Callback):
 
     def on_fit_end(self, event: FitEnd) -> None:
         """End the run there."""
-        interrupted = self._outcome == "finished" and event.engine.history.interrupted
+        interrupted = self._outcome == "finished" and event.engine.run.breaks_off
         self._guarded(lambda: self.service.close("interrupted" if interrupted else self._outcome))
         self._is_running = False
 

@@ -142,7 +142,7 @@ class WeightAverage(Callback):
         average = engine.parts.get(self._name)
         if average is None or not average.n_averaged:
             return
-        if self.batch_norm_data is not None and not self._failed and engine.run.interrupted is None:
+        if self.batch_norm_data is not None and not self._failed and not engine.run.breaks_off:
             with preserve_rng(), torch.no_grad(), self._swapped(engine):
                 _compute_statistics(engine, unwrap(engine.parts[self.part]), self.batch_norm_data)
             engine.ranks.copy_from_main(list(average.buffers()))  # ranks may read the data in orders of their own

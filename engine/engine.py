@@ -179,12 +179,11 @@ class Engine:
         try:
             for _ in loop:
                 self._repeat_cut_validation(val)
-                next_validation = plan.next_validation(self.step)
+                run = self.run
                 for batch in self.train(train):
                     if (output := step(batch)) is not None:
                         record_output(self.current, output)
-                    if self.step >= next_validation and plan.validates_after_step(self.step):
-                        next_validation = plan.next_validation(self.step)
+                    if self.step >= run.next_validation and run.validates_after_step(self.step):
                         self._validate(val)
                 if plan.validates_after_epoch(self.epoch):
                     self._validate(val)
@@ -503,11 +502,17 @@ class Engine:
         check_joined(self.ranks)
         with self.scope("lock"):
             found = None if resume is None else find_state(self, resume)
-            yield from self._epochs_from(found, plan, feed, sets, is_resuming=resume is not None)
+            is_resuming = resume is not None
+            while True:
+                found = yield from self._epochs_from(found, plan, feed, sets, is_resuming=is_resuming)
+                if found is None:
+                    return
+                is_resuming = True  # the run has gone back to an earlier state
 
     def _epochs_from(
         self, found: Found | None, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool
-    ) -> Generator[int, None, None]:
+    ) -> Generator[int, None, Found | None]:
+        """Yield the epochs of one run; return the state to go on from, if it has gone back to an earlier one."""
         run = self._begin_run(plan, feed, sets, is_resuming=is_resuming)
         try:
             with self.parts.preserve_modes(), self.scope("fit"), handled_signals(run.interrupt):
@@ -521,7 +526,8 @@ class Engine:
                     while not run.settle(self.epoch, self.step):
                         if run.phase is Phase.BETWEEN:
                             self._begin_epoch(run)
-                        yield self.epoch
+                        with self.scope("epoch"):
+                            yield self.epoch
                         self._end_epoch(run)
                     if run.interrupted:
                         self.emit(Settled(self))  # once more: the signal may have come after the last one
@@ -536,6 +542,7 @@ class Engine:
             self._end_training_loops()
             run.close()
             self.run, self.current = NO_RUN, CurrentStage()
+        return run.goes_back_to
 
     def _begin_run(self, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool) -> Run:
         if self.epoch:
@@ -570,7 +577,7 @@ class Engine:
         self.num_validations = counters["num_validations"]
         self.listeners.rewind()
         logger.info("Resumed from %s: epoch %d, step %d.", source, self.epoch, self.step)
-        if run.settle(self.epoch, self.step) and not run.interrupted:
+        if run.settle(self.epoch, self.step) and not run.breaks_off:
             logger.info(
                 "The run is finished (%s). Pass more epochs or steps to continue.", run.stop_reason or "its goal"
             )
@@ -582,7 +589,7 @@ class Engine:
         self.emit(EpochStart(self))
 
     def _begin_training(self, run: Run, data: Data) -> Iterator[Any]:
-        if run.interrupted or (self.epoch_step and run.ends_epoch):
+        if run.breaks_off or (self.epoch_step and run.ends_epoch):
             return iter(())  # as when resumed after the last batch of an epoch, whose end is still to come
         batches = run.feed.begin(data, self.epoch, self.step)
         run.epoch_length = run.plan.length_of_epoch(run.feed.length)
@@ -599,7 +606,7 @@ class Engine:
                 self.current = outer
 
     def _end_training(self, run: Run) -> None:
-        if run.interrupted:
+        if run.breaks_off:
             return
         run.feed.end(self.epoch, self.epoch_step, is_complete=run.ends_epoch)
         run.phase = Phase.FLUSHING

@@ -34,7 +34,8 @@ class History(Mapping[str, list[float]]):
     step, are in ``validations``; one in mid-epoch has the averages of the training steps, too, since the
     one before it or the epoch's start, whichever is later.
     ``reason`` says why the run ended; ``validation_sets`` has the names of validation sets, whose values are
-    ``val_clean_loss`` and the like.
+    ``val_clean_loss`` and the like. ``remarks`` says what handlers did to the run on the way, such as a rollback:
+    ``{"epoch": 2, "step": 137, "text": "..."}``.
 
     >>> history = History()
     >>> history.add_epoch(1, 12, {"train_loss": 0.5})
@@ -46,6 +47,7 @@ class History(Mapping[str, list[float]]):
         self.rows: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
         self.validation_sets: list[str] = []
+        self.remarks: list[dict[str, Any]] = []
         self._tables = Table(), Table()
         self.reason = ""
         self.interrupted: signal.Signals | None = None
@@ -63,6 +65,10 @@ class History(Mapping[str, list[float]]):
         """Append the values of one validation; ``sets`` are the names of the data sets that have one."""
         self.validation_sets += [name for name in sets if name and name not in self.validation_sets]
         self.validations.append({"epoch": epoch, "step": step, **values})
+
+    def remark(self, epoch: int, step: int, text: str) -> None:
+        """Append what was done to the run at a step, for whoever looks at its values later."""
+        self.remarks.append({"epoch": epoch, "step": step, "text": text})
 
     def __getitem__(self, name: str) -> list[float]:
         names = list(self)
@@ -191,12 +197,14 @@ class History(Mapping[str, list[float]]):
             "rows": self._tables[0].pack(self.rows),
             "validations": self._tables[1].pack(self.validations),
             "validation_sets": list(self.validation_sets),
+            "remarks": [dict(remark) for remark in self.remarks],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.rows, self.validations = unpack(state["rows"]), unpack(state["validations"])
         self.validation_sets = list(state["validation_sets"])
+        self.remarks = [dict(remark) for remark in state["remarks"]]
         self._tables = Table(), Table()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 E = TypeVar("E", bound=Event)
-Scope = Literal["lock", "fit", "forward", "evaluation"]
+Scope = Literal["lock", "fit", "epoch", "forward", "evaluation"]
 Manager = Callable[[], AbstractContextManager[Any]]
 
 
@@ -110,11 +110,12 @@ class Listeners:
             channel.rewind()
 
     def around(self, scope: Scope, manager: Manager) -> None:
-        """Enter ``manager()`` around every "lock", "fit", "forward" (model and loss) or "evaluation".
+        """Enter ``manager()`` around every "lock", "fit", "epoch", "forward" (model and loss) or "evaluation".
 
         Managers are entered in the order of these calls and left in reverse order, also after an error. FitStart and
         FitEnd happen inside "fit". "lock" is around that, and around the search for a checkpoint to resume from: it
-        keeps other runs out of the files of this one.
+        keeps other runs out of the files of this one. "epoch" is around the training and the validations of an epoch,
+        also of one that is resumed in its middle; EpochStart is before it, and EpochEnd after it.
         """
         if scope not in get_args(Scope):
             raise ConfigurationError(

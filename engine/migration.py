@@ -15,7 +15,7 @@ import torch
 from .errors import CheckpointError
 from .table import Table
 
-FORMAT = 5
+FORMAT = 6
 
 
 def migrated(state: Any) -> Any:
@@ -114,7 +114,21 @@ def _from_4(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+def _from_5(state: dict[str, Any]) -> dict[str, Any]:
+    """A handler can ask for a validation; a history has remarks."""
+    return state | {
+        "run": state["run"] | {"validation_was_asked": False},
+        "history": state["history"] | {"remarks": []},
+    }
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+}
 
 
 def _changed(states: Mapping[str, Any], changes: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:

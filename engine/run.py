@@ -10,6 +10,7 @@ import logging
 import math
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 from .agreement import Agreement
@@ -38,13 +39,14 @@ class Phase(enum.IntEnum):
 class Decision:
     """What a handler or a signal decides for a run.
 
-    Its end, for a reason; its interruption; a checkpoint; or the end of the present epoch.
+    Its end, for a reason; its interruption; a checkpoint; the end of the present epoch; or a validation.
     """
 
     stop: str | None = None
     interrupt: signal.Signals | None = None
     save: bool = False
     end_epoch: bool = False
+    validate: bool = False
 
 
 class Run:
@@ -74,6 +76,8 @@ class Run:
         interrupted: the signal that interrupted it, or None.
         is_over: whether nothing is left to do, as of the last settling.
         save_is_due: whether somebody asked for a checkpoint, as of the last settling.
+        next_validation: the next step with a validation in mid-epoch.
+        goes_back_to: an earlier state of the run to go on from, and where it was kept; None if it does not go back.
         validation_was_cut: whether a validation was interrupted, and must be made again.
         last_validation: the values of the newest validation of the present epoch.
         due: the loop need not settle anything before this step.
@@ -85,11 +89,11 @@ class Run:
 
     __slots__ = (
         "_agreement", "_ends_epoch_early", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
-        "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "due", "ended_step",
-        "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "interrupted", "is_over", "is_resuming",
-        "last_epoch", "last_step", "last_validation", "may_skip_batch", "num_skipped_batches", "phase", "plan",
-        "ranks", "save_is_due", "skips_batch", "step_before_epoch", "stop_reason", "training_stage",
-        "validation_sets", "validation_was_cut",
+        "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "_validation_was_asked",
+        "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "goes_back_to",
+        "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "may_skip_batch",
+        "next_validation", "num_skipped_batches", "phase", "plan", "ranks", "save_is_due", "skips_batch",
+        "step_before_epoch", "stop_reason", "training_stage", "validation_sets", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +123,8 @@ class Run:
         self.interrupted: signal.Signals | None = None
         self.is_over = False
         self.save_is_due = False
+        self.goes_back_to: tuple[dict[str, Any], Path] | None = None
+        self.next_validation = plan.next_validation(step)
         self.validation_was_cut = False
         self.last_validation: dict[str, Any] = {}
         self.due = 0
@@ -134,6 +140,7 @@ class Run:
         self._num_validated = 0  # validations of this epoch that were not within a step
         self._num_validations_to_skip = 0  # of those, the ones that were done before the run was resumed
         self._validates_in_step = False
+        self._validation_was_asked = False
 
     # What is decided for the run ---------------------------------------------------------------------------
 
@@ -163,6 +170,39 @@ class Run:
         """Ask for a checkpoint as soon as the present step has settled."""
         self._decide(Decision(save=True))
 
+    def validate(self) -> None:
+        """Ask for a validation after the next step, unless one ends the present epoch before.
+
+        Raises:
+            EngineStateError: if the engine has no validation data of its own.
+        """
+        if not self.has_validation:
+            raise EngineStateError(
+                "run.validate was called in a run without validation data that the engine knows. "
+                "Pass them: fit(train, val, ...); in a loop of your own, validate there."
+            )
+        self._decide(Decision(validate=True))
+
+    def go_back(self, state: dict[str, Any], source: Path) -> None:
+        """Ask for the end of this run when the present step has settled, and for another from an earlier state of it.
+
+        The handlers hear `FitEnd` and then `FitStart`, as of a run that was interrupted and is resumed; but the call
+        of ``fit`` does not return, and nothing needs to be on the disk.
+
+        Args:
+            state: what `run_state` returned.
+            source: where it was kept, for messages.
+
+        Raises:
+            EngineStateError: on several ranks.
+        """
+        if self._agreement is not None:
+            raise EngineStateError(
+                "run.go_back was called on several ranks, which it does not work for yet. Train on one process."
+            )
+        self.goes_back_to = state, source
+        self.due, self.ends_epoch = 0, True
+
     def _decide(self, decision: Decision) -> None:
         """Take a decision over at once, or on several ranks, when all of them meet."""
         if self._agreement is None:
@@ -181,8 +221,10 @@ class Run:
             self.stop_reason = self.stop_reason or decision.stop
         if decision.end_epoch:
             self._ends_epoch_early = not self.data_exhausted
-        if decision.save:
-            self._save_was_asked = True
+        if decision.validate:
+            self._validation_was_asked, self.next_validation = True, 0
+        if decision.save or decision.validate:
+            self._save_was_asked |= decision.save
         elif not decision.end_epoch or self._ends_epoch_early:
             self.ends_epoch = True
         self.due = 0
@@ -241,13 +283,21 @@ class Run:
             self.save_is_due, self._save_was_asked = self._save_was_asked, False
         self.due = 0 if self.save_is_due or self._save_was_asked else int(min(self.epoch_goal, NEVER))
         self.ends_epoch = self._ends_epoch_early or self.stop_reason is not None or step >= self.epoch_goal
-        if self.interrupted is not None:  # looked at last, because a signal may come at any moment
+        if self.breaks_off:  # looked at last, because a signal may come at any moment
             self.due, self.ends_epoch = 0, True
         if self._agreement is not None:
             self.due = 0  # each settling is a checkpoint of the agreement, so none is left out
         goes_on = epoch < self.last_epoch and step < self.last_step
-        self.is_over = self.interrupted is not None or (self.phase is Phase.BETWEEN and not goes_on)
+        self.is_over = self.breaks_off or (self.phase is Phase.BETWEEN and not goes_on)
         return self.is_over
+
+    def validates_after_step(self, step: int) -> bool:
+        """Return whether a validation is to be made now, after this step; asked only at `next_validation`."""
+        is_last = step - self.step_before_epoch == self.epoch_length
+        asked = self._validation_was_asked and not is_last  # the one at the epoch's end would be the same
+        if asked or not self._validation_was_asked:
+            self.next_validation = self.plan.next_validation(step)
+        return asked or self.plan.validates_after_step(step)
 
     def _take_over_all(self, agreement: Agreement[Decision]) -> None:
         """Take over what all ranks have asked for, if they meet here."""
@@ -282,9 +332,14 @@ class Run:
         return None if self.validation_sets is None else bool(self.validation_sets)
 
     @property
+    def breaks_off(self) -> bool:
+        """Whether the run ends where it is, to be gone on with: after an interruption, or from an earlier state."""
+        return self.interrupted is not None or self.goes_back_to is not None
+
+    @property
     def is_cut(self) -> bool:
-        """Whether an interruption leaves the present epoch open."""
-        return self.interrupted is not None and (not self.data_exhausted or self.validation_was_cut)
+        """Whether the run breaks off and leaves the present epoch open."""
+        return self.breaks_off and (not self.data_exhausted or self.validation_was_cut)
 
     def begin_epoch(self, record: Record, step: int) -> None:
         """Open an epoch, whose training values go into ``record``."""
@@ -328,7 +383,7 @@ class Run:
 
     @property
     def cuts_validation(self) -> bool:
-        """Whether the present validation ends here, because the run was interrupted.
+        """Whether the present validation ends here, because the run breaks off.
 
         A validation within a step of the user's own loop does not: it could not be made again, because its step is not
         repeated.
@@ -336,7 +391,7 @@ class Run:
         if self._agreement is not None:
             self._take_over_all(self._agreement)
         is_repeatable = self.has_validation is not None or not self._validates_in_step
-        return self.interrupted is not None and is_repeatable
+        return self.breaks_off and is_repeatable
 
     def cut_validation(self) -> None:
         """Leave the present validation to the run that resumes this one."""
@@ -345,7 +400,7 @@ class Run:
     def end_validation(self, values: dict[str, Any]) -> None:
         """Take in the values of a validation that is done."""
         self.last_validation |= values
-        self.validation_was_cut = False
+        self.validation_was_cut = self._validation_was_asked = False
         self._num_validated += not self._validates_in_step
         if self.data_exhausted:
             self.phase = Phase.ENDING
@@ -364,6 +419,8 @@ class Run:
             return f"failed with {type(error).__name__}: {error}"
         if self.interrupted is not None:
             return f"interrupted by {self.interrupted.name}"
+        if self.goes_back_to is not None:
+            return f"goes back to step {self.goes_back_to[0]['counters']['step']}"
         is_whole_epoch = step - self.step_before_epoch == self.epoch_length
         by_steps = step >= self.last_step and not (epoch >= self.last_epoch and is_whole_epoch)
         return self.stop_reason or self.plan.goal(by_steps=by_steps)
@@ -404,6 +461,7 @@ class Run:
             "phase": int(self.phase),
             "stop_reason": self.stop_reason,
             "ends_epoch_early": self._ends_epoch_early,
+            "validation_was_asked": self._validation_was_asked,
             "num_skipped_batches": self.num_skipped_batches,
             "num_passes": self._num_passes,
             "num_validated": self._num_validated,
@@ -424,6 +482,8 @@ class Run:
         if not self.plan.reaches_further(**state["plan"]):
             self.stop_reason = self.stop_reason or state["stop_reason"]
         self._ends_epoch_early = state["ends_epoch_early"]
+        self._validation_was_asked = state["validation_was_asked"]
+        self.next_validation = 0 if self._validation_was_asked else self.plan.next_validation(step)
         self.num_skipped_batches = state["num_skipped_batches"]
         self._num_passes = self._num_passes_to_skip = state["num_passes"]
         self._num_validated = self._num_validations_to_skip = state["num_validated"]

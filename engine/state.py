@@ -42,6 +42,7 @@ _RUN = {
     "phase": int,
     "stop_reason": (str, NoneType),
     "ends_epoch_early": bool,
+    "validation_was_asked": bool,
     "num_skipped_batches": int,
     "num_passes": int,
     "num_validated": int,
@@ -60,7 +61,7 @@ SHAPE = {
     "parts": dict,
     "update": dict,
     "ranks": list,  # of what each rank has of its own
-    "history": {"rows": _TABLE, "validations": _TABLE, "validation_sets": list},
+    "history": {"rows": _TABLE, "validations": _TABLE, "validation_sets": list, "remarks": list},
     "callbacks": dict,
 }
 _RANK = {"rng": dict, "train": {"earlier": dict, "meters": dict, "metrics": dict}}

@@ -185,8 +185,17 @@ def _is_metric(saved: Any) -> bool:
 
 
 def _is_readable(value: dict[str, Any] | list[Any]) -> bool:
-    """Return whether this is a table, or a list of names."""
-    return _is_table(value) if isinstance(value, dict) else all(isinstance(name, str) and name for name in value)
+    """Return whether this is a table, or a list of names or remarks."""
+    return _is_table(value) if isinstance(value, dict) else all(_is_name(one) or _is_remark(one) for one in value)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_remark(value: object) -> bool:
+    kinds = {"epoch": int, "step": int, "text": str}
+    return isinstance(value, dict) and {name: type(one) for name, one in value.items()} == kinds
 
 
 def _is_table(table: dict[str, Any]) -> bool:

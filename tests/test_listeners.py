@@ -138,11 +138,12 @@ def test_each_scope_is_entered_anew_around_each_of_its_kind() -> None:
     """One "fit" around all, a "forward" for every batch, an "evaluation" for every validation."""
     notes: list[str] = []
     trainer = make_trainer()
-    for scope in ("fit", "forward", "evaluation"):
+    for scope in ("fit", "epoch", "forward", "evaluation"):
         trainer.listeners.around(scope, partial(noted, scope, notes))
     trainer.fit(class_batches(4, 4), class_batches(4), epochs=1)
     forward = ["+forward", "-forward"]
-    assert notes == ["+fit", *forward, *forward, "+evaluation", *forward, "-evaluation", "-fit"]
+    epoch = ["+epoch", *forward, *forward, "+evaluation", *forward, "-evaluation", "-epoch"]
+    assert notes == ["+fit", *epoch, "-fit"]
 
 
 def test_the_start_and_the_end_of_a_run_happen_inside_the_scope_of_the_fit() -> None:
@@ -181,7 +182,7 @@ def test_one_callback_attached_twice_is_refused(make: Callable[[], Callback]) ->
 @pytest.mark.parametrize(("scope", "hint"), [("foward", 'Did you mean "forward"?'), ("step", "Write")])
 def test_a_scope_that_does_not_exist_is_refused(scope: Any, hint: str) -> None:
     with refused(
-        ConfigurationError, f'"{scope}" is not a scope.', hint, "Write one of: lock, fit, forward, evaluation"
+        ConfigurationError, f'"{scope}" is not a scope.', hint, "Write one of: lock, fit, epoch, forward, evaluation"
     ):
         Engine().listeners.around(scope, lambda: torch.no_grad())
 
