@@ -119,6 +119,11 @@ class BestCheckpoint(Callback):
         self._ranks = engine.ranks
         self.monitor.attach(engine, self._check)
 
+    def write_into(self, directory: Path) -> None:
+        """Write there, if this would not be the run directory, and forget what was best before."""
+        self._wanted_directory = self._wanted_directory and directory
+        self.kept, self._in_memory = [], None
+
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write, and whether that works."""
         run_directory = event.engine.directory

@@ -81,6 +81,10 @@ class Export(Callback):
             for package in _PACKAGES[file.suffix]:
                 import_optional(package, package=package.partition(".")[0], used_by="Export")
 
+    def write_into(self, directory: Path) -> None:
+        """Write what would not be in the run directory there."""
+        self.files = [one if is_plain_name(str(one)) else directory / one.name for one in self.files]
+
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write; keep the inputs of the first step as an example."""
         self._failed, self._example = False, None

@@ -83,6 +83,10 @@ class Fingerprint(Callback):
         engine.subscribe(GradientsReady, self._take_gradients, when=due)
         engine.subscribe(StepEnd, self._send, when=every(self.every))
 
+    def write_into(self, directory: Path) -> None:
+        """Write there, if this would not be the run directory."""
+        self._wanted_directory = self._wanted_directory and directory
+
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
         engine = event.engine

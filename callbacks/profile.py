@@ -80,7 +80,7 @@ class Profile(Callback):
         skip_steps: int = 10,
         torch_profiler: bool = False,
     ) -> None:
-        self._wanted_directory = directory
+        self._wanted_directory = None if directory is None else Path(directory)
         self.num_steps = whole_number("Profile's num_steps", num_steps, least=1)
         self.skip_steps = whole_number("Profile's skip_steps", skip_steps, least=0)
         self.torch_profiler = torch_profiler
@@ -99,6 +99,10 @@ class Profile(Callback):
                       ValidationEnd):  # fmt: skip
             engine.subscribe(event, self._mark)
         engine.listeners.time_handlers(self._report)
+
+    def write_into(self, directory: Path) -> None:
+        """Write there, if this would not be the run directory."""
+        self._wanted_directory = self._wanted_directory and directory
 
     def on_fit_start(self, event: FitStart) -> None:
         """Start the clock."""

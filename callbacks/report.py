@@ -58,6 +58,10 @@ class Report(Callback):
         self._best_epoch = 0
         self._writer: PageWriter | None = None
 
+    def write_into(self, directory: Path) -> None:
+        """Write there, if this would not be the run directory."""
+        self._wanted_directory = self._wanted_directory and directory
+
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
         engine = event.engine

@@ -133,6 +133,10 @@ class RunCheckpoint(Callback):
         if self.every_seconds is not None and engine.ranks.is_main:
             engine.subscribe(StepEnd, lambda event: event.engine.run.save(), when=every_seconds(self.every_seconds))
 
+    def write_into(self, directory: Path) -> None:
+        """Save there, and copy nothing."""
+        self.checkpoints, self._mirror, self._owns = CheckpointDirectory(directory), None, False
+
     def on_fit_start(self, event: FitStart) -> None:
         """Look whether the directory is this run's."""
         if self._writer is not None:

@@ -27,6 +27,7 @@ from camshaft.engine import (
     Logged,
     RunFailed,
     ValidationEnd,
+    asked_trial,
     ensure_writable,
     format_values,
     is_plain_name,
@@ -83,7 +84,9 @@ class RunDirectory(Callback):
         self.terminal = terminal
         self._failing: set[Path] = set()  # files whose last writing failed
         self._is_main = launched_rank() == 0  # on several ranks, only rank 0 makes the directory
-        self.run_directory: Path = _make_directory(Path(root)) if self._is_main else Path(root)
+        self._is_tried = (trial := asked_trial()) is not None
+        root = Path(root) if trial is None else trial.directory
+        self.run_directory: Path = _make_directory(root) if self._is_main else root
 
     @property
     def path(self) -> Path:
@@ -103,7 +106,7 @@ class RunDirectory(Callback):
 
     def before_resume(self, state: dict[str, Any]) -> None:
         """Go on in the directory of the run that is resumed, if it is still within ``root``."""
-        if not self._is_main:
+        if not self._is_main or self._is_tried:
             return
         name = state.get("name")
         earlier = self.path.with_name(name) if is_plain_name(name) else None
@@ -130,6 +133,11 @@ class RunDirectory(Callback):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+    def write_into(self, directory: Path) -> None:
+        """Be that directory, also for a run that is resumed."""
+        self.run_directory, self._is_tried = directory, True
+        self._describe()
 
     def on_fit_start(self, event: FitStart) -> None:
         """Log the settings; write down what will run in which order."""

@@ -106,6 +106,10 @@ class TensorBoard(Callback):
 
         return EventWriter(write)
 
+    def write_into(self, directory: Path) -> None:
+        """Write there, if this would not be the run directory."""
+        self._wanted_directory = self._wanted_directory and directory
+
     def on_fit_start(self, event: FitStart) -> None:
         """Begin after what the history has already; a run that finds nothing to resume still replaces its curves."""
         engine = event.engine

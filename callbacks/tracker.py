@@ -33,6 +33,7 @@ from .event_writer import figure_pixels, finite_values
 from .run_directory import RunDirectory
 from .secrets import without_secrets
 from .tensorboard import only_of_epoch
+from .track_json_lines import JsonLines
 
 logger = logging.getLogger("camshaft")
 
@@ -115,6 +116,10 @@ class Tracker(Callback):
             check()
         if self._histograms is not None:
             self._chosen = select_parameters(unwrap(engine.parts.module("model", "Tracker")), self._histograms)
+
+    def write_into(self, directory: Path) -> None:
+        """Send nothing to the service; write it down there."""
+        self.service = JsonLines(directory / "values.jsonl")
 
     def on_fit_start(self, event: FitStart) -> None:
         """Begin anew; a run that is resumed then takes back which run it was there."""

@@ -74,6 +74,7 @@ from .stages import NOTHING, CurrentStage
 from .state import run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
+from .trial import Trial, asked_trial, lead_files
 from .values import format_values, label, scalars
 from .weights import average_name, load_weights, unwrap
 from .when import after, at, every, every_seconds, until
@@ -156,6 +157,9 @@ __all__ = [
     "select_parameters",
     "weights_of",
     "unwrap",
+    "Trial",
+    "asked_trial",
+    "lead_files",
     "load_weights",
     "average_name",
     "is_sharded",

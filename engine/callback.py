@@ -110,6 +110,13 @@ class Callback:
     def before_resume(self, state: dict[str, Any]) -> None:
         """Prepare what other callbacks need in FitStart; called with the saved state before a resumed run begins."""
 
+    def write_into(self, directory: Path) -> None:
+        """Write files into ``directory`` from now on, and nowhere else: this run is only tried.
+
+        Called before a replay, and before a rehearsal, which puts everything back afterwards. What a handler writes in
+        ``engine.directory`` is led elsewhere anyway; this is for one that was told a path, or sends to a service.
+        """
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
