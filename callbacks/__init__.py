@@ -28,6 +28,7 @@ from .ramp import Ramp
 from .recompute import Recompute
 from .regularization import FreezeUntil, Penalty
 from .report import Report
+from .rollback import Rollback
 from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
 from .schedule import Schedule
@@ -69,6 +70,7 @@ __all__ = [
     "Penalty",
     "FreezeUntil",
     "StopOnNonFinite",
+    "Rollback",
     "LearningRateFinder",
     "BatchSizeFinder",
     "cross_validate",

@@ -12,6 +12,7 @@ from camshaft.engine import (
     GradientsReady,
     Selection,
     UpdateEnd,
+    has_shards,
     made_whole,
     parameters_of,
     select_parameters,
@@ -49,10 +50,10 @@ class UpdateMeter:
         held = {id(one): one.grad for one in parameters_of(event.optimizer) if one.grad is not None}
         if not held:
             return
-        self._measured[name_after("grad_norm", self._engine, event.optimizer)] = _norm(list(held.values()))
+        self._measured[name_after("grad_norm", self._engine, event.optimizer)] = total_norm(list(held.values()))
         for name, parameter in self._each.items():
             if id(parameter) in held:
-                self._measured[f"grad_norm/{name}"] = _norm([held[id(parameter)]])
+                self._measured[f"grad_norm/{name}"] = total_norm([held[id(parameter)]])
         self._weights[event.optimizer] = [one.detach().clone() for one in _learning(event.optimizer)]
 
     def _look_at_update(self, event: UpdateEnd) -> None:
@@ -61,7 +62,7 @@ class UpdateMeter:
         if before and len(before) == len(after):  # not if a handler has taken gradients away in between
             changes = [one - other for one, other in zip(after, before, strict=True)]
             name = name_after("update_ratio", self._engine, event.optimizer)
-            self._measured[name] = _norm(changes) / _norm(before)
+            self._measured[name] = total_norm(changes) / total_norm(before)
 
 
 class JustBefore:
@@ -97,9 +98,13 @@ def _learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of all of them as one vector, in single precision or better; made whole if ranks hold parts."""
-    norms = [torch.linalg.vector_norm(_dense(one)) for one in tensors]
+    dense = [_dense(one) for one in tensors]
+    if hasattr(nn.utils, "get_total_norm") and not has_shards(dense):  # torch 2.6: few calls, however many tensors
+        fast: Tensor = nn.utils.get_total_norm(dense)
+        return fast
+    norms = [torch.linalg.vector_norm(one) for one in dense]
     whole: Tensor = made_whole(torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms])))
     return whole
 

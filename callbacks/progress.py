@@ -105,7 +105,8 @@ class ProgressBar(Callback):
     def on_fit_end(self, event: FitEnd) -> None:
         """Close every bar, however the run ended, and print why it did."""
         self._close_all()
-        self._write(event.reason)
+        if event.engine.run.goes_back_to is None:
+            self._write(event.reason)
 
     def _open_epoch(self, event: EpochStart) -> None:
         self._bars.append(self._new_bar(epoch_title(event.engine), event.engine.run.epoch_length))

@@ -144,8 +144,9 @@ class RunDirectory(Callback):
         self._history, self._validations = RowsFile(self.path / "history.csv"), RowsFile(self.path / "validations.csv")
         self._steps = StepsFile(self.path / "steps.csv")
         self._timeline = Timeline(self.path / "timeline.jsonl", event.engine)
-        logger.info("Run directory: %s", self.path)
-        logger.info("Settings: %s", json.dumps(without_secrets(self.settings), default=str))
+        if not event.engine.run.goes_on:  # or it was said before
+            logger.info("Run directory: %s", self.path)
+            logger.info("Settings: %s", json.dumps(without_secrets(self.settings), default=str))
         self._write("handlers.txt", event.engine.explain() + "\n")
         self._write("model.txt", describe_parts(event.engine.parts.modules()))
 
@@ -179,7 +180,8 @@ class RunDirectory(Callback):
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Log why the run ended."""
-        epoch_logger.info("End of the run: %s", event.reason)
+        if event.engine.run.goes_back_to is None:
+            epoch_logger.info("End of the run: %s", event.reason)
         self._note(lambda: self._timeline.ended(event.reason))
         if event.engine.listeners.is_timed:
             self._write("handlers.txt", event.engine.explain(times=True) + "\n")

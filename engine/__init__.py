@@ -71,13 +71,13 @@ from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart
 from .stages import NOTHING, CurrentStage
-from .state import run_state
+from .state import named_callbacks, run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
 from .trial import Trial, asked_trial, lead_files
 from .values import format_values, label, scalars
 from .weights import average_name, load_weights, unwrap
-from .when import after, at, every, every_seconds, until
+from .when import NEVER, after, at, every, every_seconds, until
 
 __all__ = [
     "Engine",
@@ -191,6 +191,8 @@ __all__ = [
     "write_part",
     "PART_DIGESTS",
     "run_state",
+    "named_callbacks",
+    "NEVER",
     "check_plain",
     "preserve_rng",
     "generator_states",

@@ -502,18 +502,16 @@ class Engine:
         check_joined(self.ranks)
         with self.scope("lock"):
             found = None if resume is None else find_state(self, resume)
-            is_resuming = resume is not None
+            is_resuming, goes_on = resume is not None, False
             while True:
-                found = yield from self._epochs_from(found, plan, feed, sets, is_resuming=is_resuming)
+                run = self._begin_run(plan, feed, sets, is_resuming=is_resuming, goes_on=goes_on)
+                found = yield from self._epochs_of(run, found)
                 if found is None:
                     return
-                is_resuming = True  # the run has gone back to an earlier state
+                is_resuming = goes_on = True  # the run has gone back to an earlier state
 
-    def _epochs_from(
-        self, found: Found | None, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool
-    ) -> Generator[int, None, Found | None]:
+    def _epochs_of(self, run: Run, found: Found | None) -> Generator[int, None, Found | None]:
         """Yield the epochs of one run; return the state to go on from, if it has gone back to an earlier one."""
-        run = self._begin_run(plan, feed, sets, is_resuming=is_resuming)
         try:
             with self.parts.preserve_modes(), self.scope("fit"), handled_signals(run.interrupt):
                 try:
@@ -521,7 +519,7 @@ class Engine:
                     self.emit(FitStart(self))
                     if found is not None:
                         self._resume(run, *found)
-                    elif is_resuming:
+                    elif run.is_resuming:
                         logger.info("No checkpoint yet: the run starts from the beginning.")
                     while not run.settle(self.epoch, self.step):
                         if run.phase is Phase.BETWEEN:
@@ -544,10 +542,12 @@ class Engine:
             self.run, self.current = NO_RUN, CurrentStage()
         return run.goes_back_to
 
-    def _begin_run(self, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool) -> Run:
-        if self.epoch:
+    def _begin_run(
+        self, plan: Plan, feed: Feed, sets: tuple[str, ...] | None, *, is_resuming: bool, goes_on: bool
+    ) -> Run:
+        if self.epoch and not goes_on:
             logger.info("Continuing from epoch %d, step %d.", self.epoch, self.step)
-        elif self.seed is not None:
+        elif self.seed is not None and not self.epoch:
             seed_everything(self.ranks.seed(self.seed))
         self.num_fits += 1
         self.history.reason, self.history.interrupted = "", None
@@ -561,6 +561,7 @@ class Engine:
             step=self.step,
             validation_sets=sets,
             is_resuming=is_resuming,
+            goes_on=goes_on,
         )
         return self.run
 

@@ -63,6 +63,7 @@ class Run:
         validation_sets: the names of the validation data; none if there are no such data, and None where that is
             unknown (script style).
         is_resuming: whether the run was asked to resume an earlier one.
+        goes_on: whether that earlier one is the run before it in the same call, which has gone back.
 
     Attributes:
         first_epoch, first_step: the engine's counters when the run, or the run that it resumes, began.
@@ -91,6 +92,7 @@ class Run:
         "_agreement", "_ends_epoch_early", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
         "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "_validation_was_asked",
         "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "goes_back_to",
+        "goes_on",
         "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "may_skip_batch",
         "next_validation", "num_skipped_batches", "phase", "plan", "ranks", "save_is_due", "skips_batch",
         "step_before_epoch", "stop_reason", "training_stage", "validation_sets", "validation_was_cut",
@@ -106,6 +108,7 @@ class Run:
         step: int,
         validation_sets: tuple[str, ...] | None,
         is_resuming: bool,
+        goes_on: bool = False,
     ) -> None:
         self.plan = plan
         self.feed = feed
@@ -113,6 +116,7 @@ class Run:
         self._agreement = Agreement[Decision](ranks) if ranks.several else None
         self.validation_sets = validation_sets
         self.is_resuming = is_resuming
+        self.goes_on = goes_on
         self.first_epoch, self.first_step = epoch, step
         self.last_epoch, self.last_step = self._goal()
         self.phase = Phase.BETWEEN

@@ -218,7 +218,7 @@ def _in_callbacks(callbacks: Mapping[str, Callback], saved: dict[Any, Any]) -> I
             yield f"{name!r:.50} is not the name of a handler"
     for name, callback in callbacks.items():
         is_ours = type(callback).__module__.startswith("camshaft.")  # others may keep what they like
-        if is_ours and name in saved and not _is_alike(saved[name], callback.state_dict()):
+        if is_ours and name in saved and not _is_alike(saved[name], callback.state_dict(), lists_grow=True):
             yield f"the state of {name} is not one"
 
 
@@ -233,17 +233,25 @@ def _in_schedulers(engine: Engine, parts: dict[str, Any]) -> Iterator[str]:
             yield f"the state of {name} has an unknown {hidden[0]}"  # it would take the place of the method
 
 
-def _is_alike(saved: Any, own: Any) -> bool:
-    """Return whether a value is of the kind of our own, which may be None where nothing is known yet."""
+def _is_alike(saved: Any, own: Any, *, lists_grow: bool = False) -> bool:
+    """Return whether a value is of the kind of our own, which may be None where nothing is known yet.
+
+    Args:
+        saved: the value.
+        own: our own.
+        lists_grow: whether lists may be of another length than ours, which are those of another moment.
+    """
     if own is None or (saved is None and isinstance(own, dict)):
         return True
     if isinstance(own, dict):
-        return isinstance(saved, dict) and all(key in saved and _is_alike(saved[key], own[key]) for key in own)
+        return isinstance(saved, dict) and all(
+            key in saved and _is_alike(saved[key], own[key], lists_grow=lists_grow) for key in own
+        )
     if isinstance(own, Tensor):
         return isinstance(saved, Tensor) and own.dtype == saved.dtype and (own.numel() < 2 or own.shape == saved.shape)
     if isinstance(own, list | tuple):
-        same_length = isinstance(saved, list | tuple) and (not own or len(saved) == len(own))
-        return same_length and (not own or all(map(_is_alike, saved, own)))
+        fits = isinstance(saved, list | tuple) and (not own or lists_grow or len(saved) == len(own))
+        return fits and all(_is_alike(one, ours, lists_grow=lists_grow) for one, ours in zip(saved, own, strict=False))
     if isinstance(own, float):
         return _is_number(saved)
     if type(own) is int:

@@ -316,6 +316,7 @@ class Update:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+        self._num_before = -1  # whether a step updates was seen before; the counts are those of another moment
         for key, saved in state.items():
             window = self._windows.get(key) or self._open(key)
             self._several = self._several or key != MAIN

@@ -718,3 +718,14 @@ def test_best_weights_that_cannot_be_read_are_told_by_their_file(
 def test_best_weights_are_not_there_before_a_value_was_best() -> None:
     with refused(ConfigurationError, "No best weights exist: val_loss has had no value"):
         BestCheckpoint("val_loss", "min").weights()
+
+
+def test_an_engine_that_has_kept_some_goes_on_from_a_checkpoint_with_fewer(tmp_path: Path) -> None:
+    """As when a cell of a notebook is run again: the lists in its handlers' states are those of another moment."""
+    best = BestCheckpoint("val_loss", mode="min", directory=tmp_path / "best", top_k=5)
+    checkpoint = RunCheckpoint(tmp_path / "run", keep=9)
+    trainer = make_trainer(best, checkpoint)
+    trainer.fit(class_batches(8, 8), class_batches(8), epochs=3)
+    assert len(best.kept) == 3
+    trainer.fit(class_batches(8, 8), class_batches(8), epochs=3, resume=checkpoint.checkpoints.files()[-1].path)
+    assert trainer.epoch == 3

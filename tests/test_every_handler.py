@@ -48,6 +48,7 @@ from camshaft.callbacks import (
     Ramp,
     Recompute,
     Report,
+    Rollback,
     RunCheckpoint,
     RunDirectory,
     Schedule,
@@ -143,6 +144,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "Penalty": lambda directory: Penalty(l1=0.01, l2=0.1),
     "FreezeUntil": lambda directory: FreezeUntil(2, ["0.*"]),
     "StopOnNonFinite": lambda directory: StopOnNonFinite("raise"),
+    "Rollback": lambda directory: Rollback(every=3),
     "Summary": lambda directory: Summary(),
     "Log": make_log,
     "TensorBoard": lambda directory: TensorBoard(directory / "tensorboard"),
@@ -160,7 +162,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "LiveCurves", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite",
     "TensorBoard", "Log", "Images", "Tracker", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report",
-    "Profile", "StopAfter", "Fingerprint",
+    "Profile", "StopAfter", "Fingerprint", "Rollback",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...

@@ -208,6 +208,17 @@ def test_noisy_labels_shows_the_difference(tmp_path: Path) -> None:
     assert_real(trainers["SymmetricCrossEntropy"].directory / "comparison.png")
 
 
+def test_rollback_ends_as_if_the_batches_had_never_been_there(tmp_path: Path) -> None:
+    trainers = run("rollback", tmp_path)
+    spoiled, back, without = trainers.values()
+    assert spoiled.history["val_acc"][-1] < 0.2
+    assert back.history["val_acc"][-1] > 0.9
+    weights = zip(back.parts["model"].parameters(), without.parts["model"].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+    assert len(back.history.remarks) == 6
+    assert_real(back.directory / "losses.png")
+
+
 def test_parameter_groups_learns_and_decays_weights_only(tmp_path: Path) -> None:
     """One class for every image is right on 10 to 12 %."""
     trainer = run("parameter_groups", tmp_path, "--epochs", 6)
