@@ -22,7 +22,8 @@ class Timeline:
     """A file with a line of JSON for each moment of a run, to which lines are appended.
 
     Each has ``what`` (``started``, ``resumed``, ``epoch``, ``validation``, ``failed`` or ``ended``), ``time`` in
-    seconds since 1970, ``epoch`` and ``step``. Of a run that was killed, the last line is one of an epoch.
+    seconds since 1970, ``epoch`` and ``step``, and the ``remarks`` of the history so far, if there are any. Of a run
+    that was killed, the last line is one of an epoch.
 
     Raises:
         OSError: from each method, if the file cannot be written.
@@ -83,7 +84,8 @@ class Timeline:
 
     def _note(self, what: str, values: Mapping[str, Any]) -> None:
         self.begin()
-        self._write(what, values)
+        remarks = self._engine.history.remarks
+        self._write(what, {**values, "remarks": remarks} if remarks else values)
 
     def _write(self, what: str, values: Mapping[str, Any]) -> None:
         engine = self._engine

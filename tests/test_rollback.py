@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import class_batches, refused, run_python
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -42,6 +43,9 @@ from camshaft.engine import (
     ValidationEnd,
     at,
 )
+from camshaft.viewer import Run
+from camshaft.viewer.command import app
+from camshaft.viewer.page import run_page
 
 VAL = class_batches(8, 8, seed=1)
 Batches = list[tuple[Tensor, Tensor]]
@@ -460,3 +464,14 @@ def test_with_several_losses_in_a_step() -> None:
 def test_settings_that_cannot_work_are_refused(make: Callable[[], Rollback], said: str) -> None:
     with refused(ConfigurationError, said):
         make()
+
+
+def test_the_page_of_the_run_and_the_command_say_it(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, terminal=False)
+    engine = run(engine_of("trainer", directory, Rollback("nonfinite", every=4)), batches(24, 10))
+    seen = Run(directory.path)
+    assert seen.remarks == engine.history.remarks
+    text = "at step 10 (batch 10 of epoch 1) the loss was nan; back to step 8, without the data of step 10"
+    assert text in run_page(seen, None)
+    shown = CliRunner().invoke(app, ["show", str(directory.path)])
+    assert text in " ".join(shown.output.split())

@@ -127,7 +127,7 @@ def show(run: Run, page: bool, as_json: bool) -> None:
         _write(path, lambda: run_page(run, plotly_script(run.path.resolve().parent)))
     if as_json:
         _print_json({**_facts(run, run.watched, best), "settings": run.settings, "environment": run.environment,
-                     "history": run.epochs})  # fmt: skip
+                     "history": run.epochs, "remarks": run.remarks})  # fmt: skip
         return
     facts = [
         ("run", str(run.path)), ("status", f"{run.status}{f': {run.reason}' if run.reason else ''}"),
@@ -146,6 +146,9 @@ def show(run: Run, page: bool, as_json: bool) -> None:
         click.echo("\nEpochs" if len(last) == len(run.epochs) else f"\nThe last 10 of {len(run.epochs)} epochs")
         rows = [[*(_number(row.get(name)) for name in names), _star(row, best)] for row in last]
         _print_table([*names, ""], rows, drop=[name for name in names if name not in ("epoch", run.watched)])
+    if run.remarks:
+        click.echo("\nRemarks")
+        _print_table(None, [[f"epoch {one['epoch']}, step {one['step']}", str(one["text"])] for one in run.remarks])
 
 
 def _star(row: Row, best: Row | None) -> str:

@@ -37,6 +37,7 @@ def run_page(run: Run, plotly: Path | None) -> str:
         section("Epochs", _values(run.epochs, run, "history.csv")),
         section("Validations", _validations(run), is_open=False),
         section("Settings", pairs(run.settings)),
+        section("Remarks", _remarks(run)),
         section("Interruptions", _interruptions(run)),
         section("Where the time went", _times(run), is_open=False),
         section("Handlers", preformatted(run.text("handlers.txt")), is_open=False),
@@ -103,6 +104,12 @@ def _validations(run: Run) -> str:
     ends = {row["step"] for row in run.epochs}
     is_in_epochs = all(row["step"] in ends for row in run.validations)
     return "" if is_in_epochs else _values(run.validations, run, "validations.csv")
+
+
+def _remarks(run: Run) -> str:
+    """Return what handlers did to the run on the way."""
+    rows = [(str(one["epoch"]), str(one["step"]), str(one["text"])) for one in run.remarks]
+    return table(("epoch", "step", "what was done"), rows) if rows else ""
 
 
 def _interruptions(run: Run) -> str:

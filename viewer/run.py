@@ -173,6 +173,14 @@ class Run:
             return None
         return (min if mode == "min" else max)(known, key=lambda row: row[name])
 
+    @property
+    def remarks(self) -> list[dict[str, Any]]:
+        """What handlers did to the run on the way, each with ``epoch``, ``step`` and ``text``."""
+        found: list[Any] = next(
+            (one["remarks"] for one in reversed(self.moments) if isinstance(one.get("remarks"), list)), []
+        )
+        return [one for one in found if isinstance(one, dict) and {"epoch", "step", "text"} <= one.keys()]
+
     @cached_property
     def best_row(self) -> Row | None:
         """The row in which the value that is watched was best."""
