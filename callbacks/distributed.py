@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("camshaft")
 
+_MOST_REPLICAS = 4  # each has room for all gradients
+
 
 class Distributed(Callback):
     """Trains on as many processes as torchrun has started; with one process it does nothing.
@@ -221,8 +223,10 @@ class _Replica:
         self.passes = _Passes()
         self._find_unused_parameters = find_unused_parameters
         self._running: list[Any] = []  # what adds up the gradients of the present backward pass
-        self._learns: list[bool] = []  # of each parameter, when the replica was made
+        self._learns: list[bool] = []  # of each parameter, in the present replica
         self._replica: Callable[[Any], Any] = _unchanged
+        # The newest, by what learns: a step of two networks that learn in turn sets them free and freezes them.
+        self._kept: dict[tuple[bool, ...], Callable[[Any], Any]] = {}
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not torch.is_grad_enabled() or not self._engine.training:
@@ -230,9 +234,20 @@ class _Replica:
         learns = [parameter.requires_grad for parameter in self.parameters]
         if learns != self._learns:  # some were frozen or set free
             self._learns = learns
-            trained = list(itertools.compress(self.parameters, learns))
-            self._replica = self._replicate(trained) if trained else _unchanged
+            self._replica = self._replica_for(tuple(learns))
         return self._replica(output)
+
+    def _replica_for(self, learns: tuple[bool, ...]) -> Callable[[Any], Any]:
+        """Return what averages the gradients of the parameters that learn now."""
+        trained = list(itertools.compress(self.parameters, learns))
+        if not trained:
+            return _unchanged
+        replica = self._kept.pop(learns, None) or self._replicate(trained)
+        self.passes.watch(trained)
+        self._kept[learns] = replica  # as the newest
+        if len(self._kept) > _MOST_REPLICAS:
+            del self._kept[next(iter(self._kept))]
+        return replica
 
     def is_held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer holds any of the parameters; the first one tells, if it does."""
@@ -250,7 +265,6 @@ class _Replica:
         # Only a weak reference, because Python does not see the circle that leads through torch's reducer.
         replica.register_comm_hook(weakref.proxy(self), lambda own, bucket: own._add_up(bucket))
         self._settle(replica, parameters)
-        self.passes.watch(parameters)
         return replica
 
     def _settle(self, replica: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:

@@ -124,6 +124,8 @@ class StopOnNonFinite(Callback):
         """Return the numbers that are still to be read, by optimizer, and the step at which they were read last."""
         optimizers, seen = self._engine.parts.optimizers(), self._look()
         first = {name: seen[part] for name, part in optimizers.items() if part in seen}
+        if (ranks := self._engine.ranks).several:  # a checkpoint holds what rank 0 returns
+            first = _least(ranks.gather(first))
         return {"read_at": self._read_at, "first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -135,6 +137,12 @@ class StopOnNonFinite(Callback):
 
     def __repr__(self) -> str:
         return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"
+
+
+def _least(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the first step of all ranks, by optimizer."""
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: torch.stack([one[name] for one in found if name in one]).min() for name in names}
 
 
 def find_non_finite(engine: Engine) -> str:

@@ -75,7 +75,7 @@ class Rollback(Callback):
         limit: how often a run may go back.
 
     Raises:
-        ConfigurationError: for settings that cannot work; before the first step on several ranks.
+        ConfigurationError: for settings that cannot work; when attached on several ranks.
         DataError: in a run, naming the steps that were left out, if it had to go back more often than ``limit``.
     """
 
@@ -129,6 +129,8 @@ class Rollback(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Hear of the batches that are left out, and of no other."""
+        if engine.ranks.several:
+            raise ConfigurationError("Rollback works in one process only. Leave it out on several ranks.")
         super().attach(engine)
         self._engine = engine
         engine.subscribe(BatchReady, self._leave_out, when=_At(self))
@@ -136,8 +138,6 @@ class Rollback(Callback):
 
     def on_fit_start(self, event: FitStart) -> None:
         """Begin anew, unless this is the run that has gone back."""
-        if event.engine.ranks.several:
-            raise ConfigurationError("Rollback works in one process only. Leave it out on several ranks.")
         if not event.engine.run.goes_on:
             self._begin_run()
             self._updated_at = event.engine.step

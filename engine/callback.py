@@ -95,7 +95,7 @@ class Callback:
                     f"{did_you_mean(name, events)}Hooks: {', '.join(events)}."
                 )
             handler = getattr(self, name)
-            engine.subscribe(events[name], engine.ranks.not_asking(handler) if self.main_only else handler)
+            engine.subscribe(events[name], handler)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: state, never settings.

@@ -55,7 +55,8 @@ class Listeners:
 
     def _attach_on_main(self, callback: Callback) -> None:
         if self.engine.ranks.is_main:
-            callback.attach(self.engine)
+            with self.engine.ranks.not_asking():
+                callback.attach(self.engine)
 
     def channel(self, event: type[E]) -> Channel[E]:
         """Return the event's channel, made on first request.
@@ -78,6 +79,7 @@ class Listeners:
         """
         channel = self.channel(event)
         check_handler(event, handler)
+        handler = self.engine.ranks.guarded(handler)
         subscription = channel.add(handler, as_when(when))
         if self._report is not None:
             subscription.call = Timed(handler, self._report)

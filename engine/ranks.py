@@ -149,7 +149,7 @@ class Ranks:
         error: Exception | None = None
         if self.is_main:
             try:
-                with self._not_asking():
+                with self.not_asking():
                     result = function()
             except Exception as raised:
                 error = raised
@@ -158,21 +158,21 @@ class Ranks:
             raise sent if error is None else error
         return cast("T", result)
 
-    def not_asking(self, handler: Callable[[Any], T]) -> Callable[[Any], T]:
-        """Return a handler for rank 0 alone, which raises where it asks all ranks for something."""
-        if not self.several:
+    def guarded(self, handler: Callable[[Any], T]) -> Callable[[Any], T]:
+        """Return a handler; one that is subscribed on rank 0 alone raises where it asks all ranks for something."""
+        if not self._is_on_main:
             return handler
 
         @functools.wraps(handler)
         def handle(event: Any) -> T:
-            with self._not_asking():
+            with self.not_asking():
                 return handler(event)
 
         return handle
 
     @contextmanager
-    def _not_asking(self) -> Iterator[None]:
-        """Refuse what asks all ranks for something, within the block."""
+    def not_asking(self) -> Iterator[None]:
+        """Refuse what asks all ranks for something, within the block: it runs on rank 0 alone."""
         outer, self._is_on_main = self._is_on_main, True
         try:
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_ranks import assert_alike, data, model, outcome
 from torch import nn
 
 from camshaft.callbacks import Distributed, LearningRateFinder, RunCheckpoint, StopOnNonFinite, WeightAverage
-from camshaft.engine import Callback, ConfigurationError, DataError, Engine, Trainer
+from camshaft.engine import Callback, ConfigurationError, DataError, Engine, StepEnd, Trainer, at
 
 
 def trainer(*callbacks: Callback, net: nn.Module | None = None, batch_norm: Any = "sync") -> Engine:
@@ -27,6 +28,7 @@ def trainer(*callbacks: Callback, net: nn.Module | None = None, batch_norm: Any 
 REFUSED = {
     "Distributed": "The engine has a Distributed already. Attach only one.",
     "MicroBatch": "MicroBatch divides a batch when a rank lacks memory",
+    "Rollback": "Rollback works in one process only.",
 }
 TOLERANCE = {"MixedPrecision": 0.05, "Metrics": 1e-12}  # of the weights alone: their values are not in fp64
 
@@ -104,6 +106,25 @@ def test_a_nan_on_one_rank_has_the_effect_of_one_in_one_process(policy: str) -> 
     alone = with_a_nan(policy)
     assert alone["step"] == (4 if policy == "skip" else 2)
     assert on_ranks(2, with_a_nan, policy) == [alone, alone]
+
+
+def with_a_nan_that_is_read_after_a_resume(directory: Path) -> list[str]:
+    """As above, but the run is saved and cut before the losses are looked at."""
+    train = data(32, batch_size=8, shuffle=False)
+    train.dataset.tensors[0][15] = math.nan  # type: ignore[attr-defined]
+    batches, reasons = [tuple(batch) for batch in train], []
+    for cuts in (True, False):
+        engine = trainer(StopOnNonFinite("stop"), RunCheckpoint(directory))
+        if cuts:
+            engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(3))
+        engine.fit(batches, epochs=1, resume="auto")
+        reasons.append(engine.history.reason.partition(";")[0])
+    return reasons
+
+
+def test_a_nan_on_one_rank_is_known_to_a_resumed_run(tmp_path: Path) -> None:
+    for reasons in on_ranks(2, with_a_nan_that_is_read_after_a_resume, tmp_path):
+        assert "first at step 2" in reasons[1], reasons
 
 
 def suggestion(batch_norm: str) -> list[float]:

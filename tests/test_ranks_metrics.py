@@ -34,7 +34,18 @@ from camshaft.callbacks import (
     RunDirectory,
     StopOnNonFinite,
 )
-from camshaft.engine import Callback, CheckpointError, Engine, EngineStateError, EpochEnd, StepEnd, Trainer, at, repeat
+from camshaft.engine import (
+    Callback,
+    CheckpointError,
+    Engine,
+    EngineStateError,
+    EpochEnd,
+    StepEnd,
+    Trainer,
+    at,
+    every,
+    repeat,
+)
 
 Outcome = dict[str, Any]
 
@@ -306,6 +317,31 @@ def with_a_handler_that_asks_all() -> str:
     with pytest.raises((EngineStateError, RuntimeError)) as caught:
         engine.fit(data(), epochs=2)
     return str(caught.value)
+
+
+class EvaluatesAloneLater(Callback):
+    """Does so in a handler that it subscribes itself."""
+
+    main_only = True
+
+    def attach(self, engine: Engine) -> None:
+        super().attach(engine)
+        engine.subscribe(EpochEnd, self.look, when=every(1))
+
+    def look(self, event: EpochEnd) -> None:
+        event.engine.ranks.total(1.0)
+
+
+def with_a_handler_of_its_own_that_asks_all() -> str:
+    engine, _ = trained(EvaluatesAloneLater())
+    with pytest.raises((EngineStateError, RuntimeError)) as caught:
+        engine.fit(data(), epochs=2)
+    return str(caught.value)
+
+
+def test_so_does_one_that_was_subscribed_by_hand() -> None:
+    said = on_ranks(2, with_a_handler_of_its_own_that_asks_all)
+    assert said[0].startswith("Something that runs on rank 0 alone asked all ranks for something")
 
 
 def test_a_handler_on_rank_0_alone_that_asks_all_ranks_raises_and_does_not_wait() -> None:

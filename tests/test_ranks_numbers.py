@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from camshaft.callbacks import Accumulate, Compile, Distributed, FreezeUntil, MixedPrecision
+from camshaft.callbacks.distributed import _Replica
 from camshaft.engine import Callback, ConfigurationError, DataError, Engine, Trainer, repeat
 
 Settings = dict[str, Any]
@@ -170,6 +172,7 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "a compiled model": lambda: trained(data(), Compile("model", backend="eager")),
     "layers frozen in turn": lambda: trained(data(), FreezeInTurn()),
+    "layers frozen in turn, step by step": lambda: trained(data(), FreezeEachStep()),
 }
 
 
@@ -180,6 +183,26 @@ class FreezeInTurn(Callback):
         layers = event.engine.parts["model"]
         layers[0].requires_grad_(event.engine.epoch % 2 == 1)
         layers[2].requires_grad_(event.engine.epoch % 2 == 0)
+
+
+class FreezeEachStep(Callback):
+    """Trains one layer in a step, and another in the next."""
+
+    def on_batch_ready(self, event: Any) -> None:
+        layers, is_odd = event.engine.parts["model"], event.engine.step % 2 == 1
+        if event.engine.training:
+            layers[0].requires_grad_(is_odd)
+            layers[2].requires_grad_(not is_odd)
+
+
+def num_replicas() -> int:
+    with patch.object(_Replica, "_replicate", autospec=True, side_effect=_Replica._replicate) as made:
+        trained(data(), FreezeEachStep())
+    return made.call_count
+
+
+def test_layers_that_learn_in_turn_are_prepared_once_each() -> None:
+    assert on_ranks(2, num_replicas) == [2, 2]
 
 
 @pytest.mark.parametrize("name", MODELS)
