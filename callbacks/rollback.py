@@ -342,10 +342,8 @@ class _Step:
 
 def _sum(numbers: list[Tensor]) -> Tensor:
     """Return the sum of numbers of one element, as one without a dimension."""
-    total = torch.zeros(()) if not numbers else numbers[0].reshape(()).float()
-    for number in numbers[1:]:
-        total = total + number.reshape(()).float()
-    return total
+    first, *others = [number.reshape(()).float() for number in numbers]
+    return sum(others, start=first)
 
 
 def _on_host(state: dict[str, Any]) -> dict[str, Any]:
