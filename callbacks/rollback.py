@@ -172,9 +172,9 @@ class Rollback(Callback):
         engine = self._engine
         if self._losses:
             first = min(self._updated_at + 1, engine.step)
-            self._steps.append(
-                _Step(engine.epoch, engine.step, engine.epoch_step, first, _sum(self._losses), _sum(self._norms))
-            )
+            loss = _sum(self._losses)
+            norm = _sum(self._norms) if self._norms else torch.zeros_like(loss)  # the window is still open
+            self._steps.append(_Step(engine.epoch, engine.step, engine.epoch_step, first, loss, norm))
         if self._norms:
             self._updated_at = engine.step
         self._losses, self._norms = [], []
