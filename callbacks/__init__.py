@@ -31,6 +31,7 @@ from .report import Report
 from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
 from .schedule import Schedule
+from .steering import Steering
 from .stop_after import StopAfter
 from .summary import Summary
 from .tensorboard import TensorBoard
@@ -61,6 +62,7 @@ __all__ = [
     "ClipGradients",
     "MicroBatch",
     "StopAfter",
+    "Steering",
     "Prune",
     "Schedule",
     "Ramp",

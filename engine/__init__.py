@@ -71,7 +71,7 @@ from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart
 from .stages import NOTHING, CurrentStage
-from .state import run_state
+from .state import named_callbacks, run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
 from .values import format_values, label, scalars
@@ -187,6 +187,7 @@ __all__ = [
     "write_part",
     "PART_DIGESTS",
     "run_state",
+    "named_callbacks",
     "check_plain",
     "preserve_rng",
     "generator_states",
