@@ -10,7 +10,6 @@ from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitSta
 
 from .monitor import Mode, Monitor
 
-
 _patience = partial(whole_number, "EarlyStopping's patience", least=1)
 
 

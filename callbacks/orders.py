@@ -65,13 +65,13 @@ def _validate(engine: Engine, order: Order) -> Effect:
         raise ConfigurationError(
             "The run has no validation data that the engine knows. Pass them to it: fit(train, val, ...)."
         )
-    return "a validation comes after the next step", engine.run.validate
+    return "a validation comes after the next step, or with the epoch's end", engine.run.validate
 
 
 def _checkpoint(engine: Engine, order: Order) -> Effect:
     if not any(one.checkpoints is not None for one in engine.listeners.callbacks):
         raise ConfigurationError("The run has nobody who saves it. Attach a RunCheckpoint.")
-    return "a checkpoint is saved after the next step", engine.run.save
+    return "a checkpoint is saved after the next step, or at the epoch's end", engine.run.save
 
 
 def _stop(engine: Engine, order: Order) -> Effect:

@@ -135,9 +135,9 @@ class Steering(Callback):
             self._take_sent(event.engine, "step")
 
     def _take_recorded(self, engine: Engine, at: Moment) -> None:
-        here, taken = (engine.epoch, engine.step, at), {record["name"] for record in self._taken}
+        here = engine.epoch, engine.step, at
         for record in self._recorded:
-            if (record["epoch"], record["step"], record["at"]) != here or record["name"] in taken:
+            if (record["epoch"], record["step"], record["at"]) != here or record in self._taken:
                 continue
             try:
                 self._carry_out(record)
@@ -158,7 +158,7 @@ class Steering(Callback):
                 logger.warning("Steering refuses an order: %s", error)
                 self._files.answer(name, str(error), is_taken=False)
             except OSError as error:
-                why = f"It could not be written into {self._path}: {error.strerror}. Look for the cause; nothing was done."
+                why = f"Nothing was done: {self._path} could not be written: {error.strerror}. Look for the cause."
                 logger.warning("Steering refuses an order. %s", why)
                 self._files.answer(name, why, is_taken=False)
             else:
@@ -190,15 +190,15 @@ class Steering(Callback):
             self._originals.setdefault((order["handler"], order["setting"]), value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the orders that were taken."""
-        return {"orders": [dict(record) for record in self._taken]}
+        """Return the orders that were taken, as text: a state that is resumed may have any number of them."""
+        return {"orders": json.dumps(self._taken)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the orders that were taken, and with them the settings; all else that they did is in other states."""
+        """Take back the orders that were taken, and with them the settings; what else they did is in other states."""
         callbacks = named_callbacks(self._engine.listeners.callbacks)
         for (handler, setting), value in self._originals.items():
             setattr(callbacks[handler], setting, value)
-        self._taken = [dict(record) for record in state["orders"]]
+        self._taken = json.loads(state["orders"])
         for order in [record["order"] for record in self._taken if record["order"]["what"] == "set"]:
             try:
                 _, act = effect_of(self._engine, order)

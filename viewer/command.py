@@ -214,7 +214,7 @@ def steer(run: Run, order: tuple[str, ...], after: str | None, timeout: float) -
     stop [--after epoch]          end the run
     lr x0.5                       multiply the learning rates
     set HANDLER.SETTING=VALUE     change a setting, such as EarlyStopping.patience=10
-    """
+    """  # noqa: D301 - click keeps the lines after a real backspace
     from .steering import NoOrderError, NotTakenError, parsed, send
 
     try:

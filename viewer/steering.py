@@ -118,9 +118,10 @@ def send(run: Run, order: dict[str, Any], timeout: float) -> str:
 
 def _check(run: Run, directory: Path) -> None:
     """Refuse to send what nobody would take."""
-    if run.path.stat().st_uid != os.getuid():
+    owner = run.path.stat().st_uid
+    if owner != os.getuid():
         raise NotTakenError(
-            f"{run.path} belongs to user {run.path.stat().st_uid}, who alone may steer it. Let that user send the order."
+            f"{run.path} belongs to user {owner}, who alone may steer it. Let that user send the order."
         )
     if problem := _problem(run.path):
         raise NotTakenError(problem)
