@@ -121,8 +121,8 @@ class Steering(Callback):
 
     def on_fit_end(self, event: FitEnd) -> None:
         """Refuse the orders that still wait."""
-        if self._files is not None and event.engine.run.goes_back_to is None:
-            self._files.refuse_all("The run is over. Send it to a run that goes on.")
+        if self._files is not None:
+            self._files.refuse_all("The run has just ended. Send it again if it goes on.")
 
     def _repeat(self, event: Settled) -> None:
         """Take the recorded orders of this step."""

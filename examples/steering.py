@@ -2,9 +2,9 @@
 
     python examples/steering.py
 
-A small network learns scikit-learn's bundled digits. Meanwhile the command ``camshaft steer`` halves its learning rate,
-clips its gradients more, asks for a validation and ends it. Each order is recorded with the step at which it was taken;
-a second training reads the record and repeats it.
+A small network learns scikit-learn's bundled digits. Meanwhile the command ``camshaft steer`` halves its learning rate
+twice, clips its gradients more, asks for a validation, and ends it. Each order is recorded with the step at which it
+was taken; a second training reads the record and repeats it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from camshaft.callbacks import (
     StopAfter,
     warmup_cosine,
 )
+from camshaft.callbacks.orders import in_words
 from camshaft.engine import (
     Callback,
     ConfigurationError,
@@ -46,6 +48,9 @@ from camshaft.engine import (
     run_state,
 )
 from camshaft.testing.checks import equal
+from camshaft.viewer import Run
+from camshaft.viewer.steering import NotTakenError, parsed
+from camshaft.viewer.steering import send as send_and_wait
 
 COMMAND = Path(sys.executable).with_name("camshaft")
 TRAIN, VAL = class_batches(*[4] * 5), class_batches(4, 4, seed=1)
@@ -347,7 +352,7 @@ def test_stop_after_the_epoch_ends_the_run_with_the_epoch(place: int, tmp_path: 
 def test_orders_when_the_run_is_over_are_refused(tmp_path: Path) -> None:
     engine = trainer_of(tmp_path, Sends({-15: [LR]}))
     engine.fit(TRAIN, VAL, epochs=3)
-    assert answer(engine, 1) == (False, "The run is over. Send it to a run that goes on.")
+    assert answer(engine, 1) == (False, "The run has just ended. Send it again if it goes on.")
     assert records(directory_of(engine)) == []
 
 
@@ -678,6 +683,56 @@ def test_a_run_that_takes_no_orders_is_said_at_once(tmp_path: Path) -> None:
     without.subscribe(StepEnd, lambda event: others.append(steer(run.path, "validate", code=1)), when=at(1))
     without.fit(TRAIN, epochs=1)
     assert others == [f"{run.path} takes no orders. Attach Steering() to a run before it begins."]
+
+
+def test_a_run_that_is_resumed_within_an_epoch_takes_orders_at_once(tmp_path: Path) -> None:
+    """Its directory says that it goes on, before an epoch has begun or ended."""
+    first = trainer_of(tmp_path)
+    first.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(3))
+    first.fit(TRAIN, VAL, epochs=1)
+    resumed, seen = trainer_of(tmp_path), []
+
+    def look(event: StepEnd) -> None:
+        run = Run(directory_of(event.engine))
+        seen.append((run.status, [(one["what"], one["step"]) for one in run.moments]))
+
+    resumed.subscribe(StepEnd, look, when=at(4))
+    resumed.fit(TRAIN, VAL, epochs=1, resume="auto")
+    assert seen == [("running", [("started", 0), ("ended", 3), ("resumed", 3)])]
+
+
+def test_a_run_that_begins_to_take_an_order_and_does_not_answer_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("camshaft.viewer.steering._GRACE", 0.2)
+    engine, said = trainer_of(tmp_path), []
+
+    def remove_unanswered(orders: Path) -> None:
+        wait_until(lambda: list(orders.glob("*.order")))
+        next(orders.glob("*.order")).unlink()
+
+    def order(event: StepEnd) -> None:
+        run = directory_of(event.engine)
+        thread = threading.Thread(target=remove_unanswered, args=(run / "steering",))
+        thread.start()
+        with pytest.raises(NotTakenError) as refusal:
+            send_and_wait(Run(run), {"what": "validate"}, timeout=0.2)
+        said.append(str(refusal.value))
+        thread.join()
+
+    engine.subscribe(StepEnd, order, when=at(2))
+    engine.fit(TRAIN, VAL, epochs=1)
+    assert "has begun to take the order and has not answered. Look whether it is the last line of" in said[0]
+
+
+@pytest.mark.parametrize(
+    "words", ["validate", "checkpoint", "stop", "stop --after epoch", "lr x0.5", "set EarlyStopping.min_delta=0.25"]
+)
+def test_what_the_command_understands_the_run_understands(words: str, tmp_path: Path) -> None:
+    before, _, after = words.partition(" --after ")
+    order = parsed(before.split(), after or None)
+    assert in_words(order) == words
+    assert first_answer(trainer_of(tmp_path), order)[0]
 
 
 def test_an_order_that_is_not_answered_in_time_is_taken_back(tmp_path: Path) -> None:
