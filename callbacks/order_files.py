@@ -44,8 +44,8 @@ class OrderFiles:
             ) from error
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
             raise ConfigurationError(
-                f"{path} is a link, belongs to another user, or can be written by others, who could steer the run. "
-                f"Make it yours alone: chmod 700 {path}"
+                f"{path} is no directory, or not this user's, or others can write in it and could steer the run. "
+                "Make it yours alone (chmod 700), or remove it."
             )
 
     def sweep(self) -> None:
@@ -58,7 +58,7 @@ class OrderFiles:
     def refuse_all(self, why: str) -> None:
         """Answer all orders that wait with why none is taken."""
         for name, _ in self.take():
-            logger.warning("Steering refuses %s: %s", name, why)
+            logger.warning("Steering refuses %r: %s", name, why)
             self.answer(name, why, is_taken=False)
 
     def take(self) -> Iterator[tuple[str, Any]]:

@@ -471,6 +471,13 @@ def test_a_changed_setting_has_its_effect(tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path / "saves")) == 4  # after the steps 6, 8 and 10, and at the run's end
 
 
+def test_the_second_handler_of_a_class_has_a_number(tmp_path: Path) -> None:
+    second = ClipGradients(norm=7.0)
+    engine = trainer_of(tmp_path, Sends({3: [CLIP_MORE | {"handler": "ClipGradients-2"}]}), second)
+    engine.fit(TRAIN, VAL, epochs=1)
+    assert second.norm == 0.02
+
+
 def test_a_run_that_cannot_be_steered_is_refused_before_its_first_step(tmp_path: Path) -> None:
     for wrong in (0, -1, "1", float("nan"), True):
         with refused(ConfigurationError, "Steering has every_seconds"):
@@ -609,7 +616,7 @@ def test_an_order_from_before_the_run_or_its_resumption_is_refused(
     (directory_of(engine) / "steering" / "000.answer").write_text("of a sender that was killed")
     resumed = trained(tmp_path, epochs=2, resume="auto")
     assert answer(resumed, 1) == (False, "It was sent before this run began, or before it was resumed. Send it again.")
-    assert "Steering refuses 001: It was sent before" in caplog.text
+    assert "Steering refuses '001': It was sent before" in caplog.text
     assert not (directory_of(resumed) / "steering" / "000.answer").exists()
     assert resumed.history.remarks == []
 

@@ -42,6 +42,8 @@ def parsed(words: Sequence[str], after: str | None = None) -> dict[str, Any]:
     ({'what': 'lr', 'factor': 0.5}, {'what': 'stop', 'after': 'epoch'})
     >>> parsed(["set", "EarlyStopping.patience=10"])
     {'what': 'set', 'handler': 'EarlyStopping', 'setting': 'patience', 'value': 10}
+    >>> [parsed(["set", f"A.b={text}"])["value"] for text in ("null", "0.5", "cosine", '"0.5"')]
+    [None, 0.5, 'cosine', '0.5']
     """
     what, *rest = words
     if what not in ORDERS:
