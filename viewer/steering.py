@@ -95,27 +95,36 @@ def send(run: Run, order: dict[str, Any], timeout: float) -> str:
     name = f"{time.time_ns():020}-{secrets.token_hex(4)}"  # orders are taken in the order of their names
     file, answer = directory / f"{name}.order", directory / f"{name}.answer"
     _write(file, order)
+    try:
+        _wait(run.path, file, answer, timeout)
+    except KeyboardInterrupt:
+        _take_back(file)
+        raise
+    said = json.loads(answer.read_bytes())
+    answer.unlink()
+    if not said["taken"]:
+        raise NotTakenError(str(said["text"]))
+    return str(said["text"])
+
+
+def _wait(run: Path, file: Path, answer: Path, timeout: float) -> None:
+    """Wait until there is an answer; take the order back if there is none in time, or the run does not go on."""
     deadline = time.monotonic() + timeout
     while not answer.exists():
-        problem, late = _problem(run.path), time.monotonic() - deadline
+        problem, late = _problem(run), time.monotonic() - deadline
         if problem is None and late > 0:
             problem = (
-                f"{run.path} has not answered for {timeout:g} s, and the order was taken back. "
+                f"{run} has not answered for {timeout:g} s, and the order was taken back. "
                 "Pass a longer --timeout if a step, or a validation, takes longer than that."
             )
         if problem is not None and _take_back(file):
             raise NotTakenError(problem)
         if late > _GRACE:
             raise NotTakenError(
-                f"{run.path} has begun to take the order and has not answered. "
+                f"{run} has begun to take the order and has not answered. "
                 "Look whether it is the last line of its steering.jsonl: then the run, when resumed, carries it out."
             )
         time.sleep(0.05)
-    said = json.loads(answer.read_bytes())
-    answer.unlink()
-    if not said["taken"]:
-        raise NotTakenError(str(said["text"]))
-    return str(said["text"])
 
 
 def _check(run: Run, directory: Path) -> None:
