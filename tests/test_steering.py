@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -472,6 +472,26 @@ def test_a_changed_setting_has_its_effect(tmp_path: Path) -> None:
     trained_more = trainer_of(tmp_path / "saves", Sends({5: [saves]}))
     trained_more.fit(TRAIN, VAL, epochs=2)
     assert len(checkpoints(tmp_path / "saves")) == 4  # after the steps 6, 8 and 10, and at the run's end
+
+
+class Limit(Callback):
+    """A handler of the user's own, whose check may raise anything."""
+
+    steerable: ClassVar = {"limit": float, "forgotten": float}
+
+    def __init__(self) -> None:
+        self.limit = 1.0
+
+
+def test_a_handler_of_the_user_can_be_steered(tmp_path: Path) -> None:
+    limit = {"what": "set", "handler": "Limit", "setting": "limit"}
+    orders = [limit | {"value": "2.5"}, limit | {"value": "much"}, limit | {"setting": "forgotten", "value": 1}]
+    engine = trainer_of(tmp_path, handler := Limit(), Sends({3: orders}))
+    engine.fit(TRAIN, VAL, epochs=1)
+    assert answer(engine, 1)[0]
+    assert "could not convert string to float" in answer(engine, 2)[1]
+    assert "has no attribute 'forgotten'" in answer(engine, 3)[1]
+    assert handler.limit == 2.5
 
 
 def test_the_second_handler_of_a_class_has_a_number(tmp_path: Path) -> None:
