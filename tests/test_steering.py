@@ -484,7 +484,7 @@ class Limit(Callback):
 
 
 def test_a_handler_of_the_user_can_be_steered(tmp_path: Path) -> None:
-    limit = {"what": "set", "handler": "Limit", "setting": "limit"}
+    limit: dict[str, Any] = {"what": "set", "handler": "Limit", "setting": "limit"}
     orders = [limit | {"value": "2.5"}, limit | {"value": "much"}, limit | {"setting": "forgotten", "value": 1}]
     engine = trainer_of(tmp_path, handler := Limit(), Sends({3: orders}))
     engine.fit(TRAIN, VAL, epochs=1)
