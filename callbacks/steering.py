@@ -58,9 +58,9 @@ class Steering(Callback):
             and settings, this run is then that run again, to the bit. May be set until the run begins.
 
     Raises:
-        ConfigurationError: for a time that is none, and a directory without ``steering.jsonl``; before the first step
-            without a `RunDirectory`, on several ranks, after a handler that may save the run, where others could write
-            in ``steering``, or if ``steering.jsonl`` cannot be read.
+        ConfigurationError: for a time that is none, and a directory without ``steering.jsonl``; at attachment, on
+            several ranks; before the first step, without a `RunDirectory`, after a handler that may save the run,
+            where others could write in ``steering``, or if ``steering.jsonl`` cannot be read.
     """
 
     unique = True
@@ -82,6 +82,11 @@ class Steering(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Look at the steps at which an order is to be repeated, and at the clock."""
+        if engine.ranks.several:
+            raise ConfigurationError(
+                "Steering does not work on several ranks yet, which would take an order at different steps. "
+                "Train on one process, or leave it out."
+            )
         super().attach(engine)
         self._engine = engine
         engine.subscribe(Settled, self._repeat, when=_AtSteps(self._recorded))
@@ -90,11 +95,6 @@ class Steering(Callback):
     def on_fit_start(self, event: FitStart) -> None:
         """Make the directory for orders, and read what is to be repeated."""
         engine = event.engine
-        if engine.ranks.several:
-            raise ConfigurationError(
-                "Steering does not work on several ranks yet, which would take an order at different steps. "
-                "Train on one process, or leave it out."
-            )
         first = next(iter(engine.listeners.channel(Settled).subscriptions)).handler
         if first != self._repeat:
             raise ConfigurationError(

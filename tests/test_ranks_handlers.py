@@ -26,6 +26,7 @@ def trainer(*callbacks: Callback, net: nn.Module | None = None, batch_norm: Any 
 
 REFUSED = {
     "Distributed": "The engine has a Distributed already. Attach only one.",
+    "Steering": "Steering does not work on several ranks yet",
     "MicroBatch": "MicroBatch divides a batch when a rank lacks memory",
 }
 TOLERANCE = {"MixedPrecision": 0.05, "Metrics": 1e-12}  # of the weights alone: their values are not in fp64
