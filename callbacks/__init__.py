@@ -32,6 +32,7 @@ from .rollback import Rollback
 from .run_checkpoint import RunCheckpoint
 from .run_directory import RunDirectory
 from .schedule import Schedule
+from .steering import Steering
 from .stop_after import StopAfter
 from .summary import Summary
 from .tensorboard import TensorBoard
@@ -62,6 +63,7 @@ __all__ = [
     "ClipGradients",
     "MicroBatch",
     "StopAfter",
+    "Steering",
     "Prune",
     "Schedule",
     "Ramp",

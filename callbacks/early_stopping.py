@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, is_number, whole_number
 
 from .monitor import Mode, Monitor
+
+_patience = partial(whole_number, "EarlyStopping's patience", least=1)
+
+
+def _gain(min_delta: Any) -> float:
+    if not (is_number(min_delta) and min_delta >= 0):
+        raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
+    return min_delta
+
+
+def _bound(name: str, bound: Any) -> float | None:
+    if bound is not None and not is_number(bound):
+        raise ConfigurationError(f"EarlyStopping has {name}={bound!r}. Pass a finite number, or leave it out.")
+    return bound
 
 
 class EarlyStopping(Callback):
@@ -39,6 +54,13 @@ class EarlyStopping(Callback):
     'EarlyStopping: train_loss has not improved for 2 checks (best 2 at epoch 2)'
     """
 
+    steerable: ClassVar = {
+        "patience": _patience,
+        "min_delta": _gain,
+        "threshold": partial(_bound, "threshold"),
+        "divergence": partial(_bound, "divergence"),
+    }
+
     def __init__(
         self,
         monitor: str,
@@ -53,18 +75,13 @@ class EarlyStopping(Callback):
         start: int = 0,
     ) -> None:
         self.monitor = Monitor("EarlyStopping", monitor, mode)
-        self.patience = whole_number("EarlyStopping's patience", patience, least=1)
+        self.patience = _patience(patience)
         if on_nan not in ("count", "stop"):
             raise ConfigurationError(f'EarlyStopping has on_nan={on_nan!r}. Write "count" or "stop".')
-        if not (is_number(min_delta) and min_delta >= 0):
-            raise ConfigurationError(f"EarlyStopping has min_delta={min_delta!r}. Pass a number of at least 0.")
-        for name, bound in (("threshold", threshold), ("divergence", divergence)):
-            if bound is not None and not is_number(bound):
-                raise ConfigurationError(f"EarlyStopping has {name}={bound!r}. Pass a finite number, or leave it out.")
-        self.min_delta = min_delta
+        self.min_delta = _gain(min_delta)
         self.relative = relative
-        self.threshold = threshold
-        self.divergence = divergence
+        self.threshold = _bound("threshold", threshold)
+        self.divergence = _bound("divergence", divergence)
         self.start = whole_number("EarlyStopping's start", start, least=0)
         self.on_nan = on_nan
         self.best = math.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import torch
 
@@ -43,6 +44,12 @@ class Accumulate(Callback):
         return f"Accumulate(batches={self.batches}, samples={self.samples})"
 
 
+def _limit(limit: Any) -> float:
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        raise ConfigurationError(f"ClipGradients got a limit of {limit!r}. Pass a finite number above 0.")
+    return limit
+
+
 class ClipGradients(Callback):
     """Clips the true gradients before each update: after unscaling, over the whole window.
 
@@ -57,15 +64,14 @@ class ClipGradients(Callback):
     """
 
     needs_update = True
+    steerable: ClassVar = {"norm": _limit, "value": _limit}
 
     def __init__(self, norm: float | None = None, *, value: float | None = None, each: bool = False) -> None:
         if (norm is None) == (value is None):
             raise ConfigurationError(
                 f"ClipGradients got norm={norm} and value={value}. Pass one of them: ClipGradients(norm=1.0)."
             )
-        limit = norm if norm is not None else value
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-            raise ConfigurationError(f"ClipGradients got a limit of {limit!r}. Pass a finite number above 0.")
+        _limit(norm if norm is not None else value)
         self.norm = norm
         self.value = value
         self.each = each

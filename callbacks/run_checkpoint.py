@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ T = TypeVar("T")
 _FAILED = "failed: "  # begins what a rank says in the place of a digest
 
 
+def _count(name: str, value: Any) -> int | None:
+    return None if value is None else whole_number(f"RunCheckpoint's {name}", value, least=1)
+
+
 class RunCheckpoint(Callback):
     """Saves everything that decides the rest of the run, for ``fit(..., resume="auto")``.
 
@@ -80,6 +85,10 @@ class RunCheckpoint(Callback):
     """
 
     unique = True
+    steerable: ClassVar = {
+        "every_steps": partial(_count, "every_steps"),
+        "every_epochs": partial(_count, "every_epochs"),
+    }
 
     def __init__(
         self,
@@ -97,9 +106,6 @@ class RunCheckpoint(Callback):
     ) -> None:
         if every_steps is None and every_epochs is None and every_seconds is None:
             every_epochs = 1
-        for name, value in (("every_steps", every_steps), ("every_epochs", every_epochs), ("keep_every", keep_every)):
-            if value is not None:
-                whole_number(f"RunCheckpoint's {name}", value, least=1)
         if every_seconds is not None and not every_seconds > 0:
             raise ConfigurationError(f"RunCheckpoint has every_seconds={every_seconds}. Pass a number above 0.")
         if on_error not in ("warn", "raise"):
@@ -111,11 +117,11 @@ class RunCheckpoint(Callback):
             )
         self.sharded = sharded
         self.checkpoints: CheckpointDirectory = CheckpointDirectory(Path(directory))
-        self.every_steps = every_steps
-        self.every_epochs = every_epochs
+        self.every_steps = _count("every_steps", every_steps)
+        self.every_epochs = _count("every_epochs", every_epochs)
         self.every_seconds = every_seconds
         self.keep = whole_number("RunCheckpoint's keep", keep, least=1)
-        self.keep_every = keep_every
+        self.keep_every = _count("keep_every", keep_every)
         self._mirror = None if mirror is None else Mirror(str(mirror), self.keep, keep_every)
         self.on_error = on_error
         self._writer = _Writer() if background else None

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from camshaft.engine import (
+    BatchReady,
     Callback,
     ConfigurationError,
     Engine,
@@ -149,6 +150,13 @@ class RunDirectory(Callback):
             logger.info("Settings: %s", json.dumps(without_secrets(self.settings), default=str))
         self._write("handlers.txt", event.engine.explain() + "\n")
         self._write("model.txt", describe_parts(event.engine.parts.modules()))
+        if event.engine.run.is_resuming:
+            self._first_batch = event.engine.subscribe(BatchReady, self._begin)
+
+    def _begin(self, event: BatchReady) -> None:
+        """Note that the run goes on: one that is resumed within an epoch hears no EpochStart."""
+        self._first_batch.cancel()
+        self._note(self._timeline.begin)
 
     def on_epoch_start(self, event: EpochStart) -> None:
         """Note that the run has begun; only here is the step of a resumed one known."""

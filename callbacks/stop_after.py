@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from camshaft.engine import Callback, ConfigurationError, Engine, EpochEnd, FitStart, StepEnd, is_number
 
 from .stopwatch import Stopwatch
+
+
+def _limit(seconds: Any) -> float:
+    if not is_number(seconds) or seconds <= 0:
+        raise ConfigurationError(
+            f"StopAfter was given a time of {seconds!r} s. Write StopAfter(hours=2), or minutes, or seconds."
+        )
+    return seconds
 
 
 class StopAfter(Callback):
@@ -27,14 +35,13 @@ class StopAfter(Callback):
     """
 
     main_only = True
+    steerable: ClassVar = {"limit": _limit}  # in seconds
 
     def __init__(self, *, hours: float = 0.0, minutes: float = 0.0, seconds: float = 0.0) -> None:
         for name, value in (("hours", hours), ("minutes", minutes), ("seconds", seconds)):
             if not is_number(value) or value < 0:
                 raise ConfigurationError(f"StopAfter has {name}={value!r}. Pass a number of at least 0.")
-        self.limit = 3600 * hours + 60 * minutes + seconds
-        if not self.limit:
-            raise ConfigurationError("StopAfter was given no time. Write StopAfter(hours=2), or minutes, or seconds.")
+        self.limit = _limit(3600 * hours + 60 * minutes + seconds)
         self._watch = Stopwatch()
         self._may_stop = True
 

@@ -55,6 +55,7 @@ class Timeline:
             "resumed" if self._engine.run.is_resuming and self._engine.step else "started",
             {
                 "time": round(self._began, 3),
+                "step": self._engine.run.ended_step,  # the first batch may have been read already
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "planned_epochs": self._engine.run.plan.epochs,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import ConfigurationError, HandlerError, did_you_mean
 from .events import known_events
@@ -56,6 +56,8 @@ class Callback:
             ask the other ranks for anything.
         run_directory: the directory that it offers to other handlers, as ``engine.directory``; None for most.
         checkpoints: the directory in which ``fit(..., resume="auto")`` looks for checkpoints; None for most.
+        steerable: the settings that `camshaft.callbacks.Steering` may change while a run goes on: attributes that are
+            read each time they are needed, each with the check that ``__init__`` makes, which returns the value.
 
     >>> from camshaft.engine import Callback, EpochEnd
     >>> class Shout(Callback):
@@ -68,6 +70,7 @@ class Callback:
     main_only: bool = False
     run_directory: Path | None = None
     checkpoints: CheckpointDirectory | None = None
+    steerable: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
     _is_attached: bool = False
 
     def attach(self, engine: Engine) -> None:

@@ -150,13 +150,17 @@ class Run:
 
     def stop(self, reason: str, epoch: int) -> bool:
         """Ask for the end of the run after the present step; return False if it continues until ``min_epochs``."""
-        num_epochs = epoch - self.first_epoch - (not self.data_exhausted)
-        if num_epochs < self.plan.min_epochs:
+        if not self.may_stop(epoch):
             logger.info("Training continues until min_epochs=%d, although a stop was asked for: %s",
                         self.plan.min_epochs, reason)  # fmt: skip
             return False
         self._decide(Decision(stop=reason))
         return True
+
+    def may_stop(self, epoch: int) -> bool:
+        """Return whether a stop counts now: ``min_epochs`` are done."""
+        num_epochs = epoch - self.first_epoch - (not self.data_exhausted)
+        return num_epochs >= self.plan.min_epochs
 
     def interrupt(self, signal: signal.Signals) -> None:
         """Stop after the current step and leave the epoch open, so that a checkpoint can resume it."""

@@ -52,6 +52,7 @@ from camshaft.callbacks import (
     RunCheckpoint,
     RunDirectory,
     Schedule,
+    Steering,
     StopAfter,
     StopOnNonFinite,
     Summary,
@@ -120,6 +121,20 @@ def make_log(directory: Path) -> Log:
     return log
 
 
+def make_steering(directory: Path) -> Steering:
+    """One with a run directory: it is refused where there is none."""
+    steering = Steering()
+    attach = steering.attach
+
+    def attach_with_a_directory(engine: Engine) -> None:
+        attach(engine)
+        if not any(isinstance(one, RunDirectory) for one in engine.listeners.callbacks):
+            engine.attach(RunDirectory(directory / "runs", terminal=False))
+
+    steering.attach = attach_with_a_directory  # type: ignore[method-assign]
+    return steering
+
+
 MAKE: dict[str, Callable[[Path], Callback]] = {
     "Distributed": lambda directory: Distributed(),
     "Placement": lambda directory: Placement("cpu"),
@@ -137,6 +152,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
     "ClipGradients": lambda directory: ClipGradients(norm=0.1),
     "MicroBatch": lambda directory: MicroBatch(2),
     "StopAfter": lambda directory: StopAfter(hours=1),
+    "Steering": make_steering,
     "Prune": lambda directory: Prune(optuna.create_study().ask(), "val_loss"),
     "Schedule": lambda directory: Schedule(warmup_cosine, per="update"),
     "Ramp": lambda directory: Ramp("optimizer.weight_decay", lambda done, total: 0.1 * done / total),
@@ -162,7 +178,7 @@ MAKE: dict[str, Callable[[Path], Callback]] = {
 ONLY_WATCHES = {
     "Metrics", "ProgressBar", "LiveCurves", "EarlyStopping", "BestCheckpoint", "RunCheckpoint", "StopOnNonFinite",
     "TensorBoard", "Log", "Images", "Tracker", "Summary", "Prune", "Export", "Ignite", "RunDirectory", "Report",
-    "Profile", "StopAfter", "Fingerprint", "Rollback",
+    "Profile", "StopAfter", "Fingerprint", "Rollback", "Steering",
     "WeightAverage",  # evaluates with other weights, and trains with the same
 }  # fmt: skip
 # ... or it is there to change how they are trained, ...

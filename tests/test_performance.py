@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,7 @@ from camshaft.callbacks import (
     RunCheckpoint,
     RunDirectory,
     Schedule,
+    Steering,
     StopOnNonFinite,
     TensorBoard,
     WeightAverage,
@@ -204,6 +206,16 @@ def test_handlers_that_are_not_due_cost_no_call() -> None:
         engine.subscribe(StepEnd, lambda event: None, when=every(1000))
     calls = calls_per_step(engine, [None] * 160)
     assert sum(calls.values()) <= IDLE_STEP, calls
+
+
+def test_steering_costs_no_call_in_a_step_without_an_order(tmp_path: Path) -> None:
+    """Nobody is called when a step has settled, but a few times a second; an order that is to come costs nothing."""
+    order = {"name": "1", "time": 1.0, "epoch": 1, "step": 150, "at": "step", "order": {"what": "lr", "factor": 0.5}}
+    (tmp_path / "steering.jsonl").write_text(f"{json.dumps(order)}\n")
+    without = calls_per_step(trainer_of(tmp_path, model=net()), *data())
+    engine = trainer_of(tmp_path, Steering(every_seconds=60, repeat=tmp_path), model=net())
+    assert calls_per_step(engine, *data()) == without
+    assert [one["step"] for one in engine.history.remarks] == [150]
 
 
 def test_calls_with_everything_on(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def trainer(*callbacks: Callback, net: nn.Module | None = None, batch_norm: Any 
 
 REFUSED = {
     "Distributed": "The engine has a Distributed already. Attach only one.",
+    "Steering": "Steering does not work on several ranks yet",
     "MicroBatch": "MicroBatch divides a batch when a rank lacks memory",
     "Rollback": "Rollback works in one process only.",
 }

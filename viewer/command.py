@@ -203,6 +203,32 @@ def diff(runs: tuple[Run, Run], as_json: bool) -> None:
 
 
 @app.command()
+@click.argument("run", type=_RunName())
+@click.argument("order", nargs=-1, required=True)
+@click.option("--after", type=click.Choice(["epoch"]), help="When to stop; by default after the present step.")
+@click.option("--timeout", type=click.FloatRange(min=0), default=60.0, show_default=True,
+              help="Seconds to wait for the answer.")  # fmt: skip
+def steer(run: Run, order: tuple[str, ...], after: str | None, timeout: float) -> None:
+    """Send an ORDER to a RUN that goes on, with a Steering, and print the answer; exit with 1 if it is not taken.
+
+    \b
+    validate                      make a validation after the next step
+    checkpoint                    save the run after the next step
+    stop [--after epoch]          end the run
+    lr x0.5                       multiply the learning rates
+    set HANDLER.SETTING=VALUE     change a setting, such as EarlyStopping.patience=10
+    """  # noqa: D301 - click keeps the lines after a real backspace
+    from .steering import NoOrderError, NotTakenError, parsed, send
+
+    try:
+        click.echo(_plain(send(run, parsed(order, after), timeout)))
+    except NoOrderError as error:
+        raise click.UsageError(str(error)) from error
+    except NotTakenError as error:
+        raise _CannotError(str(error)) from error
+
+
+@app.command()
 @_as_json
 def doctor(as_json: bool) -> None:
     """Look at devices, versions and compilers, and say what is missing and how to install it."""
