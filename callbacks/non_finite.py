@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import shlex
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -132,11 +131,14 @@ class StopOnNonFinite(Callback):
         if directory is None or checkpoints is None or asked_trial() is not None:
             return None
         kept = directory / _KEPT
-        for file in checkpoint_files([*_paths_in(checkpoints.path), *_paths_in(kept)]):
-            if file.step < first:
-                with contextlib.suppress(FileNotFoundError):  # removed meanwhile, by a thread that has written another
-                    keep_checkpoint(file, kept)
-                    return file.step
+        for _ in range(5):
+            files = checkpoint_files([*checkpoints.path.glob("run-*.pt"), *kept.glob("run-*.pt")])
+            newest = next((file for file in files if file.step < first), None)
+            if newest is None:
+                break
+            with contextlib.suppress(FileNotFoundError):  # a thread that has written a newer one has removed it
+                keep_checkpoint(newest, kept)
+                return newest.step
         return None
 
     def _prepare_replay(self, first: int) -> None:
@@ -152,10 +154,8 @@ class StopOnNonFinite(Callback):
         command = f"camshaft replay {shlex.quote(str(directory))} --step {first}"
         if self._engine.ranks.several:
             command += " -- torchrun ..."
-        begin = (
-            "the beginning, as there is no checkpoint before it" if step is None else f"the checkpoint at step {step}"
-        )
-        logger.warning("To make step %d again and see where it begins (from %s): %s", first, begin, command)
+        begin = "the beginning: no checkpoint is earlier" if step is None else f"the checkpoint at step {step}"
+        logger.warning("To make step %d again, from %s, and see where it begins: %s", first, begin, command)
 
     def _skip(self, event: GradientsReady) -> None:
         number = self._look().pop(event.optimizer, None)
@@ -187,10 +187,6 @@ class StopOnNonFinite(Callback):
 
     def __repr__(self) -> str:
         return f"StopOnNonFinite({self.policy!r}, every_steps={self.every_steps})"
-
-
-def _paths_in(directory: Path) -> list[Path]:
-    return list(directory.glob("run-*.pt"))
 
 
 def find_non_finite(engine: Engine) -> str:

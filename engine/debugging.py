@@ -26,11 +26,15 @@ class Debugger(pdb.Pdb):
 
     Args:
         on_error: called with each exception that comes through a frame that runs now, also after "continue".
+
+    Attributes:
+        has_stopped: whether it did, as there may be no such line.
     """
 
     def __init__(self, on_error: Callable[[BaseException], object]) -> None:
         super().__init__(nosigint=True)
         self._on_error = on_error
+        self.has_stopped = False
 
     def begin(self) -> None:
         """Stop at the next line of the user's own code."""
@@ -49,6 +53,11 @@ class Debugger(pdb.Pdb):
 
     def user_call(self, frame: FrameType, argument_list: Any) -> None:
         """Go on to the first line of a function that is called."""
+
+    def user_line(self, frame: FrameType) -> None:
+        """Stop."""
+        self.has_stopped = True
+        super().user_line(frame)
 
     def dispatch_exception(self, frame: FrameType, arg: Any) -> Any:
         """Hear of an error."""

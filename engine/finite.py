@@ -49,15 +49,17 @@ def non_finite_outputs(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     found: list[str] = []
 
     def hook_of(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not is_finite(output):
-                found.append(f'"{name}" ({type(module).__name__})' if name else type(module).__name__)
+                text = f'"{name}" ({type(module).__name__})' if name else type(module).__name__
+                found.append(text if is_finite([args, kwargs]) else f"{text}, whose inputs are not finite either")
 
         return look
 
     with ExitStack() as stack:
         for prefix, root in modules.items():
             for name, module in root.named_modules():
-                handle = module.register_forward_hook(hook_of(".".join(filter(None, (prefix, name)))))
+                hook = hook_of(".".join(filter(None, (prefix, name))))
+                handle = module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
         yield found

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import traceback
 import warnings
-from bdb import BdbQuit
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,6 +60,10 @@ def begin_replay(engine: Engine) -> Found | None:
     return _Replay(engine, trial).begin()
 
 
+class _AnotherRunError(Exception):
+    """A run is not the one that is made again."""
+
+
 class _Replay:
     """A run that is to make one step again.
 
@@ -78,7 +81,8 @@ class _Replay:
         self._observers = ExitStack()
         self._debugger: Debugger | None = None
         self._error: BaseException | None = None
-        self._has_begun = self._is_done = False
+        self._anomaly = ""  # what torch says of it
+        self._has_begun = self._is_whole = self._is_done = False
         self._losses: list[Tensor] = []
         self._recorded: dict[str, float] = {}
         self._non_finite: list[str] = []  # in the order in which it was computed
@@ -88,7 +92,11 @@ class _Replay:
     def begin(self) -> Found | None:
         """Find the checkpoint to go on from, and listen for the step."""
         engine = self._engine
-        found = self._find()
+        try:
+            found = self._find()
+        except _AnotherRunError as error:
+            self._tell(reason=str(error))
+            return None
         if found is None:
             logger.info("The run is made again from its beginning.")
         self._tell(began_at=None if found is None else found[0]["counters"]["step"])
@@ -111,17 +119,19 @@ class _Replay:
     # Where it begins -----------------------------------------------------------------------------------
 
     def _find(self) -> Found | None:
-        """Return the newest checkpoint before the step, if it is of a run that begins where this one does."""
+        """Return the newest checkpoint before the step; None if there is none.
+
+        Raises:
+            _AnotherRunError: if it is of another run than this one: of other parts, or with another beginning.
+        """
         engine = self._engine
         try:
             found = fitting_state(engine, self._newest)
         except CheckpointError as error:
-            self._tell(reason=str(error))
-            return None
-        if found is None or found[0]["run"]["first_step"] == engine.step:
-            return found
-        self._tell(reason=f"{found[1]} is of another fit than that which began after step {engine.step}.")
-        return None
+            raise _AnotherRunError(str(error)) from error
+        if found is not None and (began := found[0]["run"]["first_step"]) != engine.step:
+            raise _AnotherRunError(f"{found[1]} is of one that began after step {began}, not {engine.step}.")
+        return found
 
     def _newest(self) -> Found | None:
         """Return the newest good checkpoint before the step; the others are left as they are."""
@@ -207,7 +217,7 @@ class _Replay:
 
     def _take_over_outputs(self) -> None:
         """Put what modules have returned so far into the order of all that was computed."""
-        self._non_finite += [f"what {one} returned" for one in self._outputs]
+        self._non_finite += [f"the output of {one}" for one in self._outputs]
         self._outputs.clear()
 
     def _keep_loss(self, event: LossReady) -> None:
@@ -227,7 +237,7 @@ class _Replay:
         file: TextIO | None = None, line: str | None = None,
     ) -> None:  # fmt: skip
         if str(message).startswith("Error detected in"):
-            self._tell(anomaly=str(message).partition("(Triggered internally")[0].rstrip())
+            self._anomaly = str(message).partition("(Triggered internally")[0].rstrip()
         else:
             self._show_warning(message, category, filename, lineno, file, line)
 
@@ -235,7 +245,7 @@ class _Replay:
 
     def _end_step(self, event: Settled) -> None:
         """End the process: nothing else of the script is to run."""
-        self._error = None  # one that the user's code has handled
+        self._error, self._is_whole = None, True  # without an error that the user's code has handled
         self._recorded = event.engine.stages["train"].since_mark()
         self._leave()
 
@@ -273,7 +283,8 @@ class _Replay:
         self._observers.close()
         self._take_over_outputs()
         self._look_at_parameters("after")
-        self._tell(made="left out" if was_left_out else "made", findings=[] if was_left_out else self._findings())
+        made = "left out" if was_left_out else "whole" if self._is_whole else "in part"
+        self._tell(made=made, findings=[] if was_left_out else self._findings())
 
     def _findings(self) -> list[str]:
         """Return what was seen, a text for each thing."""
@@ -298,8 +309,15 @@ class _Replay:
             found.append("\n".join(["NaN or infinite, in the order of the computation:", *shown, *more]))
         else:
             found.append("Batch, parameters, outputs of modules, loss and gradients are finite.")
-        if isinstance(self._error, BdbQuit):
+        if self._debugger is not None and not self._debugger.has_stopped:
+            found.append(
+                "The debugger did not stop, because no code of your own ran in the step. "
+                "Write a function with breakpoint() in it, and --hook file.py:function."
+            )
+        if self._debugger is not None and self._debugger.quitting:
             found.append("The debugger was left within the step.")
+        elif self._anomaly:
+            found.append(f"Anomaly mode of torch has ended the step: {self._error}\n{self._anomaly}")
         elif self._error is not None:
             found.append("The step raised:\n" + "".join(traceback.format_exception(self._error)).rstrip())
         return found

@@ -220,7 +220,7 @@ def replay_step(run: Run, step: int, debug: bool, anomaly: bool, hook: str | Non
         made = replay(run, step, command, debug=debug, anomaly=anomaly, hook=hook)
     except CannotReplayError as error:
         raise _CannotError(str(error)) from error
-    click.echo(f"\n{made.in_words()}")
+    click.echo("\n" + "\n".join(_plain(line) for line in made.in_words().splitlines()))
     if not made.is_good:
         sys.exit(1)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .difference import Difference, difference, rows_of
+from .difference import Difference, Rows, difference, rows_of
 from .run import Run
 
 VARIABLE = "CAMSHAFT_TRIAL"  # see engine/trial.py, which cannot be imported here
@@ -30,8 +30,8 @@ class Replayed:
         step: its number.
         told: what the process has told: where it began, whether it has made the step, and what it has seen.
         exit_code: of the process.
-        difference: between the digests of the run and those of the steps that were made again; None where neither has
-            any.
+        difference: between the digests of the run and those of the steps that were made again; None if the run has
+            no digests.
         compared: the steps of which both have digests.
     """
 
@@ -44,7 +44,9 @@ class Replayed:
     @property
     def is_good(self) -> bool:
         """Whether the step was made again, and no digest differs."""
-        return self.told.get("made") == "made" and (self.difference is None or self.difference.step is None)
+        return self.told.get("made") in ("whole", "in part") and (
+            self.difference is None or self.difference.step is None
+        )
 
     def in_words(self) -> str:
         """Return what was seen and compared, as text."""
@@ -59,26 +61,20 @@ class Replayed:
             begin = "from the beginning, which repeats the run exactly only if the script sets a seed"
         else:
             begin = f"from the checkpoint at step {began_at}"
-        texts = [f"Step {self.step} was made again, {begin}.", *self.told["findings"]]
-        if "anomaly" in self.told:
-            texts.append(f"Anomaly mode of torch: {self.told['anomaly']}")
-        return "\n\n".join([*texts, self._verdict()])
+        return "\n\n".join([f"Step {self.step} was made again, {begin}.", *self.told["findings"], self._verdict()])
 
     def _verdict(self) -> str:
         if self.difference is None:
-            return (
-                "Nothing says whether it is the same step: attach Fingerprint(every=...) to a run to compare digests."
-            )
+            return "The run has no digests to compare with. Attach Fingerprint(every=...) to have them."
         if self.difference.step is not None:
             return f"It is not the step of the run. {self.difference.in_words()}"
+        why = "" if self.told["made"] == "whole" else ", as it has ended before they were complete"
         if not self.compared:
-            return (
-                "Nothing says whether it is the same step: the run has no digests of the steps that were made again."
-            )
-        text = f"The digests of all {len(self.compared)} steps that both have are the same, bit for bit"
+            return f"None of the steps that were made again has digests to compare{why}."
+        text = f"The digests of the {len(self.compared)} steps that both have are the same, bit for bit"
         if self.compared[-1] == self.step:
             return f"{text}: it is the step of the run."
-        return f"{text}, the last one that of step {self.compared[-1]}; step {self.step} itself has none to compare."
+        return f"{text}, up to step {self.compared[-1]}. Step {self.step} itself has none to compare{why}."
 
 
 def replay(
@@ -110,21 +106,19 @@ def replay(
         exit_code = _run(command, directory, {**os.environ, VARIABLE: json.dumps(trial)})
         report = Path(scratch) / "replay.json"
         told = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-        theirs = {}
+        theirs: Rows = {}
         for file in sorted(Path(scratch).rglob("fingerprints.jsonl"), key=lambda file: file.stat().st_mtime):
             theirs = rows_of(file.read_text(encoding="utf-8"))
     ours = rows_of(run.text("fingerprints.jsonl"))
     compared = tuple(sorted(number for number in ours.keys() & theirs.keys() if number <= step))
-    found = difference(ours, {number: theirs[number] for number in compared}) if ours and theirs else None
+    found = difference(ours, {number: theirs[number] for number in compared}) if ours else None
     return Replayed(step, told, exit_code, found, compared)
 
 
 def _check_step(run: Run, step: int) -> None:
     last = max((int(moment["step"]) for moment in run.moments), default=0)
     if step > last and run.status in ("ended", "failed", "interrupted"):
-        raise CannotReplayError(
-            f"Step {step} is after the last one of {run.path}, {last}. Pass --step {last} or less."
-        )
+        raise CannotReplayError(f"{run.path} ended after step {last}, before step {step}. Pass --step {last} or less.")
 
 
 def _kept_command(run: Run) -> tuple[list[str], str]:
