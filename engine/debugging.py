@@ -29,12 +29,13 @@ class Debugger(pdb.Pdb):
 
     Attributes:
         has_stopped: whether it did, as there may be no such line.
+        was_left: whether the user has left it with "quit".
     """
 
     def __init__(self, on_error: Callable[[BaseException], object]) -> None:
         super().__init__(nosigint=True)
         self._on_error = on_error
-        self.has_stopped = False
+        self.has_stopped = self.was_left = False
 
     def begin(self) -> None:
         """Stop at the next line of the user's own code."""
@@ -58,6 +59,11 @@ class Debugger(pdb.Pdb):
         """Stop."""
         self.has_stopped = True
         super().user_line(frame)
+
+    def set_quit(self) -> None:
+        """End the program."""
+        self.was_left = True
+        super().set_quit()
 
     def dispatch_exception(self, frame: FrameType, arg: Any) -> Any:
         """Hear of an error."""

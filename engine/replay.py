@@ -314,7 +314,7 @@ class _Replay:
                 "The debugger did not stop, because no code of your own ran in the step. "
                 "Write a function with breakpoint() in it, and --hook file.py:function."
             )
-        if self._debugger is not None and self._debugger.quitting:
+        if self._debugger is not None and self._debugger.was_left:
             found.append("The debugger was left within the step.")
         elif self._anomaly:
             found.append(f"Anomaly mode of torch has ended the step: {self._error}\n{self._anomaly}")
