@@ -7,18 +7,23 @@ import pdb
 import sys
 import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 _INSTALLED = tuple(
     os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+_OURS = tuple(os.path.join(Path(__file__).parent.parent, name, "") for name in ("engine", "callbacks", "testing"))
 
 
-def is_own_code(frame: FrameType) -> bool:
-    """Return whether a frame is of the user's own code: not of camshaft, nor of anything that is installed."""
-    module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
-    return not (str(module).startswith("camshaft.") or file.startswith(("<frozen", *_INSTALLED)))
+def is_own_code(file: str) -> bool:
+    """Return whether a file is of the user's own code: not of camshaft, nor of anything that is installed.
+
+    >>> is_own_code("train.py"), is_own_code(os.__file__)
+    (True, False)
+    """
+    return not file.startswith(("<frozen", *_OURS, *_INSTALLED))
 
 
 class Debugger(pdb.Pdb):
@@ -50,7 +55,7 @@ class Debugger(pdb.Pdb):
 
     def stop_here(self, frame: FrameType) -> bool:
         """Return whether to stop in a frame."""
-        return is_own_code(frame) and super().stop_here(frame)
+        return is_own_code(frame.f_code.co_filename) and super().stop_here(frame)
 
     def user_call(self, frame: FrameType, argument_list: Any) -> None:
         """Go on to the first line of a function that is called."""
@@ -67,7 +72,7 @@ class Debugger(pdb.Pdb):
 
     def dispatch_exception(self, frame: FrameType, arg: Any) -> Any:
         """Hear of an error."""
-        if isinstance(arg[1], Exception) and is_own_code(frame):
+        if isinstance(arg[1], Exception) and is_own_code(frame.f_code.co_filename):
             self._on_error(arg[1])
         return super().dispatch_exception(frame, arg)
 
@@ -92,7 +97,7 @@ def watch_errors(on_error: Callable[[BaseException], object]) -> None:
 
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if is_own_code(frame):
+        if is_own_code(frame.f_code.co_filename):
             frame.f_trace, frame.f_trace_lines = look, False
         frame = frame.f_back
     sys.settrace(lambda *event: None)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from .batch import outline, tree_map
 from .checkpoint import checkpoint_files, load_verified
-from .debugging import Debugger, watch_errors
+from .debugging import Debugger, is_own_code, watch_errors
 from .dispatch import Subscription
 from .errors import CheckpointError, ConfigurationError, can_take
 from .events import BatchReady, FitEnd, LossReady, RunFailed, Settled
@@ -154,7 +155,7 @@ class _Replay:
         self._has_begun = True
         if engine.run.skips_batch:
             self._leave(was_left_out=True)
-        logger.info("Step %d is made again now. Resumed, this run is: %s.", self._step, engine.run.feed.exactness())
+        logger.info("Step %d is made again now.", self._step)
         engine.current.batch = event.batch
         engine.stages["train"].since_mark()
         self._look_at_what_is_there()
@@ -283,6 +284,7 @@ class _Replay:
         self._observers.close()
         self._take_over_outputs()
         self._look_at_parameters("after")
+        logging.disable()  # the handlers hear the end of a run that has failed
         made = "left out" if was_left_out else "whole" if self._is_whole else "in part"
         self._tell(made=made, findings=[] if was_left_out else self._findings())
 
@@ -317,7 +319,10 @@ class _Replay:
         if self._debugger is not None and self._debugger.was_left:
             found.append("The debugger was left within the step.")
         elif self._anomaly:
-            found.append(f"Anomaly mode of torch has ended the step: {self._error}\n{self._anomaly}")
+            found.append(
+                f"Anomaly mode of torch has ended the step: {self._error}\n{_without_others(self._anomaly)}\n"
+                "With --no-anomaly, the step is made whole."
+            )
         elif self._error is not None:
             found.append("The step raised:\n" + "".join(traceback.format_exception(self._error)).rstrip())
         return found
@@ -336,6 +341,13 @@ def _listed(title: str, lines: list[str]) -> str:
     shown = [f"  {line}" for line in lines[:_MOST_SHOWN]]
     left = len(lines) - len(shown)
     return "\n".join([title, *shown, *([f"  and {left} more"] if left else [])])
+
+
+def _without_others(traceback: str) -> str:
+    """Return a traceback with the frames of the user's own code and the last one."""
+    head, *frames = re.split(r"(?m)^(?=  File )", traceback)
+    own = [one for one in frames[:-1] if is_own_code(one.split('"')[1])]
+    return "".join([head, *own, *frames[-1:]]).rstrip()
 
 
 def _is_compiled(module: nn.Module) -> bool:
