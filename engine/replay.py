@@ -12,38 +12,26 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from .batch import outline, tree_map
 from .checkpoint import checkpoint_files, load_verified
-from .debugging import Debugger, is_own_code, watch_errors
+from .debugging import Debugger, watch_errors
 from .dispatch import Subscription
 from .errors import CheckpointError, ConfigurationError, can_take
 from .events import BatchReady, FitEnd, LossReady, RunFailed, Settled
-from .finite import is_finite, non_finite_outputs, num_non_finite
-from .sharded import local_part
+from .observation import Observation
 from .state import Found, fitting_state
 from .trial import Trial, asked_trial, lead_files
-from .weights import unwrap
 from .when import at
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 logger = logging.getLogger("camshaft")
-
-_MOST_SHOWN = 6
 
 
 def begin_replay(engine: Engine) -> Found | None:
@@ -79,16 +67,10 @@ class _Replay:
         self._step: int = trial.settings["step"]
         self._report = trial.directory / "replay.json"
         self._hook = None if trial.settings["hook"] is None else _load_hook(trial.settings["hook"])
-        self._observers = ExitStack()
         self._debugger: Debugger | None = None
         self._error: BaseException | None = None
-        self._anomaly = ""  # what torch says of it
         self._has_begun = self._is_whole = self._is_done = False
-        self._losses: list[Tensor] = []
-        self._recorded: dict[str, float] = {}
-        self._non_finite: list[str] = []  # in the order in which it was computed
-        self._outputs: list[str] = []
-        self._norms: dict[str, float] = {}  # of gradients
+        self._observation = Observation(engine, anomaly=trial.settings["anomaly"])
 
     def begin(self) -> Found | None:
         """Find the checkpoint to go on from, and listen for the step."""
@@ -103,12 +85,14 @@ class _Replay:
         self._tell(began_at=None if found is None else found[0]["counters"]["step"])
         subscriptions: list[Subscription[Any]] = [
             engine.subscribe(BatchReady, self._begin_step, when=at(self._step)),
-            engine.subscribe(LossReady, self._keep_loss, when=at(self._step)),
+            engine.subscribe(LossReady, self._observation.keep_loss, when=at(self._step)),
             engine.subscribe(Settled, self._end_step, when=at(self._step)),
             engine.subscribe(RunFailed, self._keep_error),
         ]
 
         def end(event: FitEnd) -> None:
+            if event.engine.run.goes_back_to is not None:  # the same run, from an earlier state of it
+                return
             for subscription in subscriptions:
                 subscription.cancel()
             ended.cancel()
@@ -157,9 +141,7 @@ class _Replay:
             self._leave(was_left_out=True)
         logger.info("Step %d is made again now.", self._step)
         engine.current.batch = event.batch
-        engine.stages["train"].since_mark()
-        self._look_at_what_is_there()
-        self._observe()
+        self._observation.begin()
         if self._hook is not None:
             self._hook(engine)
         if self._wanted["debug"]:
@@ -169,85 +151,19 @@ class _Replay:
         elif engine.run.has_validation is None:
             watch_errors(self._keep)
 
-    def _look_at_what_is_there(self) -> None:
-        tensors: list[Tensor] = []
-        tree_map(tensors.append, self._engine.batch)
-        for number, tensor in enumerate(tensors):
-            if wrong := num_non_finite(tensor):
-                self._non_finite.append(f"tensor {number} of the batch ({wrong} of {tensor.numel()} numbers)")
-        self._look_at_parameters("before")
-
-    def _look_at_parameters(self, when: str) -> None:
-        for name, parameter in self._engine.parts.named_parameters():
-            if f"parameter {name}, before the step" not in self._non_finite and not is_finite(parameter):
-                self._non_finite.append(f"parameter {name}, {when} the step")
-
-    def _observe(self) -> None:
-        """Hear of outputs and gradients; what is switched on stays so, as the process ends after the step."""
-        parts = self._engine.parts
-        modules = {name: unwrap(module) for name, module in parts.modules().items()}
-        if any(_is_compiled(module) for module in parts.modules().values()):
-            logger.info("What modules return is not looked at, because that would compile the model in another way.")
-        else:
-            bare = {"" if name == "model" else name: module for name, module in modules.items()}
-            self._outputs = self._observers.enter_context(non_finite_outputs(bare))
-        scaler = self._engine.update.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        for name, parameter in parts.named_parameters():
-            if parameter.requires_grad and parameter.is_leaf:
-                handle = parameter.register_post_accumulate_grad_hook(self._look_at_gradient(name, scale))
-                self._observers.callback(handle.remove)
-        if self._wanted["anomaly"]:
-            warnings.filterwarnings("always", message="Error detected in")
-            self._show_warning, warnings.showwarning = warnings.showwarning, self._keep_warning
-            torch.autograd.set_detect_anomaly(True)
-
-    def _look_at_gradient(self, name: str, scale: float) -> Callable[[Tensor], None]:
-        def look(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            if gradient is None:
-                return
-            values = local_part(gradient.detach())
-            values = values.coalesce().values() if values.layout is torch.sparse_coo else values
-            self._norms[name] = float(torch.linalg.vector_norm(values.float())) / scale
-            if not is_finite(values) and (text := f"the gradient of {name}") not in self._non_finite:
-                self._take_over_outputs()
-                self._non_finite.append(text)
-
-        return look
-
-    def _take_over_outputs(self) -> None:
-        """Put what modules have returned so far into the order of all that was computed."""
-        self._non_finite += [f"the output of {one}" for one in self._outputs]
-        self._outputs.clear()
-
-    def _keep_loss(self, event: LossReady) -> None:
-        self._losses.append(event.loss.detach())
-        self._take_over_outputs()
-        if not is_finite(event.loss):
-            self._non_finite.append("the loss")
-
     def _keep(self, error: BaseException) -> None:
         self._error = error
 
     def _keep_error(self, event: RunFailed) -> None:
         self._error = event.error
 
-    def _keep_warning(
-        self, message: Warning | str, category: type[Warning], filename: str, lineno: int,
-        file: TextIO | None = None, line: str | None = None,
-    ) -> None:  # fmt: skip
-        if str(message).startswith("Error detected in"):
-            self._anomaly = str(message).partition("(Triggered internally")[0].rstrip()
-        else:
-            self._show_warning(message, category, filename, lineno, file, line)
-
     # Its end -------------------------------------------------------------------------------------------
 
     def _end_step(self, event: Settled) -> None:
         """End the process: nothing else of the script is to run."""
+        if not self._has_begun:
+            return
         self._error, self._is_whole = None, True  # without an error that the user's code has handled
-        self._recorded = event.engine.stages["train"].since_mark()
         self._leave()
 
     def _end_run(self, event: FitEnd, *, goes_on: bool) -> None:
@@ -281,50 +197,22 @@ class _Replay:
             self._debugger.end()
         else:
             sys.settrace(None)
-        self._observers.close()
-        self._take_over_outputs()
-        self._look_at_parameters("after")
+        self._observation.end(is_whole=self._is_whole)
         logging.disable()  # the handlers hear the end of a run that has failed
         made = "left out" if was_left_out else "whole" if self._is_whole else "in part"
         self._tell(made=made, findings=[] if was_left_out else self._findings())
 
     def _findings(self) -> list[str]:
         """Return what was seen, a text for each thing."""
-        engine = self._engine
-        self._take_over_outputs()
-        found = [
-            f"It is batch {engine.epoch_step} of epoch {engine.epoch}: {outline(engine.run.training_stage.batch)}."
-        ]
-        if self._losses:
-            losses = ", ".join(f"{float(loss):.6g}" for loss in self._losses)
-            found.append(f"Loss: {losses}")
-        if self._norms:
-            largest = sorted(self._norms.items(), key=lambda item: item[1] if item[1] == item[1] else float("inf"))
-            shown = [f"  {norm:<12.6g} {name}" for name, norm in largest[: -_MOST_SHOWN - 1 : -1]]
-            left = len(largest) - len(shown)
-            more = [f"  and {left} more"] if left else []
-            found.append("\n".join(["Norms of gradients, largest first:", *shown, *more]))
-        if self._non_finite:
-            shown = [f"  {one}" for one in self._non_finite[: 2 * _MOST_SHOWN]]
-            left = len(self._non_finite) - len(shown)
-            more = [f"  and {left} more"] if left else []
-            found.append("\n".join(["NaN or infinite, in the order of the computation:", *shown, *more]))
-        else:
-            found.append("Batch, parameters, outputs of modules, loss and gradients are finite.")
-        if self._debugger is not None and not self._debugger.has_stopped:
+        debugger = self._debugger
+        found = self._observation.findings(None if debugger is not None and debugger.was_left else self._error)
+        if debugger is not None and debugger.was_left:
+            found.append("The debugger was left within the step.")
+        elif debugger is not None and not debugger.has_stopped:
             found.append(
                 "The debugger did not stop, because no code of your own ran in the step. "
                 "Write a function with breakpoint() in it, and --hook file.py:function."
             )
-        if self._debugger is not None and self._debugger.was_left:
-            found.append("The debugger was left within the step.")
-        elif self._anomaly:
-            found.append(
-                f"Anomaly mode of torch has ended the step: {self._error}\n{_without_others(self._anomaly)}\n"
-                "With --no-anomaly, the step is made whole."
-            )
-        elif self._error is not None:
-            found.append("The step raised:\n" + "".join(traceback.format_exception(self._error)).rstrip())
         return found
 
     def _tell(self, *, reason: str | None = None, **values: Any) -> None:
@@ -335,23 +223,6 @@ class _Replay:
             told = json.loads(self._report.read_text()) if self._report.exists() else {"reasons": []}
             told["reasons"] += [] if reason is None else [reason]
             self._report.write_text(json.dumps({**told, **values}))
-
-
-def _listed(title: str, lines: list[str]) -> str:
-    shown = [f"  {line}" for line in lines[:_MOST_SHOWN]]
-    left = len(lines) - len(shown)
-    return "\n".join([title, *shown, *([f"  and {left} more"] if left else [])])
-
-
-def _without_others(traceback: str) -> str:
-    """Return a traceback with the frames of the user's own code and the last one."""
-    head, *frames = re.split(r"(?m)^(?=  File )", traceback)
-    own = [one for one in frames[:-1] if is_own_code(one.split('"')[1])]
-    return "".join([head, *own, *frames[-1:]]).rstrip()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return any(hasattr(one, "_orig_mod") or one._compiled_call_impl is not None for one in module.modules())
 
 
 def _load_hook(text: str) -> Callable[[Engine], object]:
