@@ -26,6 +26,11 @@ def is_own_code(file: str) -> bool:
     return not file.startswith(("<frozen", *_OURS, *_INSTALLED))
 
 
+def _is_own(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))  # of code that was made from a string, which has no file
+    return is_own_code(frame.f_code.co_filename) and not module.startswith(("camshaft.", "torch."))
+
+
 class Debugger(pdb.Pdb):
     """Python's debugger, which begins at the next line of the user's own code, and steps through that only.
 
@@ -55,7 +60,7 @@ class Debugger(pdb.Pdb):
 
     def stop_here(self, frame: FrameType) -> bool:
         """Return whether to stop in a frame."""
-        return is_own_code(frame.f_code.co_filename) and super().stop_here(frame)
+        return _is_own(frame) and super().stop_here(frame)
 
     def user_call(self, frame: FrameType, argument_list: Any) -> None:
         """Go on to the first line of a function that is called."""
@@ -72,7 +77,7 @@ class Debugger(pdb.Pdb):
 
     def dispatch_exception(self, frame: FrameType, arg: Any) -> Any:
         """Hear of an error."""
-        if isinstance(arg[1], Exception) and is_own_code(frame.f_code.co_filename):
+        if isinstance(arg[1], Exception) and _is_own(frame):
             self._on_error(arg[1])
         return super().dispatch_exception(frame, arg)
 
@@ -97,7 +102,7 @@ def watch_errors(on_error: Callable[[BaseException], object]) -> None:
 
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if is_own_code(frame.f_code.co_filename):
+        if _is_own(frame):
             frame.f_trace, frame.f_trace_lines = look, False
         frame = frame.f_back
     sys.settrace(lambda *event: None)

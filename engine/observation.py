@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("camshaft")
 
-_MOST_SHOWN = 6
+_MOST_SHOWN = 10
 
 
 class Observation:
@@ -138,7 +138,7 @@ class Observation:
         found = [f"It is batch {engine.epoch_step} of epoch {engine.epoch}: {outline(batch)}."]
         if self._losses:
             found.append(f"Loss: {', '.join(f'{float(loss):.6g}' for loss in self._losses)}")
-        if self._recorded:
+        elif self._recorded:  # a step that does not call engine.update
             found.append(f"Recorded: {', '.join(f'{name} {value:.6g}' for name, value in self._recorded.items())}")
         if self._norms:
             largest = sorted(self._norms.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
