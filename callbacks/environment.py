@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from camshaft.engine import launched_world
+
 from .secrets import command_without_secrets
 
 
@@ -21,6 +23,9 @@ def environment() -> dict[str, Any]:
     packages = ("camshaft", "torch", "torchvision", "numpy", "pytorch-ignite", "torchmetrics", "tensorboardX")
     return {
         "command": command_without_secrets(sys.argv),
+        "full_command": command_without_secrets([sys.executable, *sys.orig_argv[1:]]),
+        "directory": os.getcwd(),
+        "ranks": launched_world(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ from .rates import name_after
 
 logger = logging.getLogger("camshaft")
 
-Kind = tuple[str, str]  # "data", "loss", "gradients" or "weights"; and which
+Taken = tuple[str, Sequence[str], Tensor]  # "data", "loss", "gradients" or "weights"; which; and their digests, [N]
 
-_CHUNK = 2**22  # elements that are looked at together
+_CHUNK = 2**22  # elements of a large tensor that are looked at together
+_SMALL = 2**12  # elements of a tensor that is looked at together with others
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -68,7 +70,7 @@ class Fingerprint(Callback):
         self.every = whole_number("Fingerprint's every", every, least=1)
         self._wanted_directory = None if directory is None else Path(directory)
         self._path = Path()
-        self._taken: dict[Kind, Tensor] = {}  # of the present step
+        self._taken: list[Taken] = []  # in the present step
         self._sent: deque[_Row] = deque()  # rows that have not arrived on the host
         self._names: dict[int, str] = {}
         self._is_new_file: bool | None = None  # None: it has been begun
@@ -108,17 +110,21 @@ class Fingerprint(Callback):
         if engine.training and engine.step % self.every == 0:
             tensors: list[Tensor] = []
             tree_map(tensors.append, event.batch)
-            self._taken = {("data", str(number)): digest(tensor) for number, tensor in enumerate(tensors)}
+            self._taken = []
+            self._take("data", [str(number) for number in range(len(tensors))], tensors)
 
     def _take_loss(self, event: LossReady) -> None:
         if event.engine.step % self.every == 0:
-            self._taken["loss", self._loss_name(event)] = digest(event.loss)
+            self._take("loss", [self._loss_name(event)], [event.loss])
 
     def _take_gradients(self, event: GradientsReady) -> None:
         if event.engine.step % self.every == 0:
-            for parameter in parameters_of(event.optimizer):
-                if parameter.grad is not None:
-                    self._taken["gradients", self._name(parameter)] = digest(parameter.grad)
+            gradients = [(one, one.grad) for one in parameters_of(event.optimizer) if one.grad is not None]
+            self._take("gradients", [self._name(one) for one, _ in gradients], [gradient for _, gradient in gradients])
+
+    def _take(self, kind: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        if tensors:
+            self._taken.append((kind, names, digests(tensors)))
 
     def _loss_name(self, event: LossReady) -> str:
         """Return the name of the loss's optimizer where there are several."""
@@ -129,10 +135,11 @@ class Fingerprint(Callback):
 
     def _send(self, event: StepEnd) -> None:
         """Take the weights, and begin to bring the digests to the host; write those that have arrived."""
-        engine, taken = event.engine, self._taken
-        taken |= {("weights", name): digest(parameter) for name, parameter in engine.parts.named_parameters()}
-        self._sent.append(_Row(engine.epoch, engine.step, taken))
-        self._taken = {}
+        engine = event.engine
+        parameters = dict(engine.parts.named_parameters())
+        self._take("weights", list(parameters), list(parameters.values()))
+        self._sent.append(_Row(engine.epoch, engine.step, self._taken))
+        self._taken = []
         self._write(waits=False)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
@@ -179,12 +186,14 @@ class Fingerprint(Callback):
 class _Row:
     """The digests of a step, on their way to the host."""
 
-    def __init__(self, epoch: int, step: int, taken: dict[Kind, Tensor]) -> None:
-        self.epoch, self.step, self._kinds = epoch, step, list(taken)
+    def __init__(self, epoch: int, step: int, taken: list[Taken]) -> None:
+        self.epoch, self.step = epoch, step
+        self._kinds = [(kind, name) for kind, names, _ in taken for name in names]
+        values = [value for _, _, value in taken]
         # A batch may be on the host yet, if this handler comes before the one that places it.
-        device = next((value.device for value in taken.values() if value.device.type != "cpu"), torch.device("cpu"))
-        together = [value.to(device, non_blocking=True) for value in taken.values()]
-        self.digests = ArrivingTensor(torch.stack(together) if together else torch.zeros(0))
+        device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
+        together = [value.to(device, non_blocking=True) for value in values]
+        self.digests = ArrivingTensor(torch.cat(together) if together else torch.zeros(0))
 
     def as_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
@@ -215,6 +224,50 @@ def digest(tensor: Tensor) -> Tensor:
         for number, part in enumerate(parts)
     ]
     return torch.stack(digests).sum() + len(bits)
+
+
+@torch.no_grad()
+def digests(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the `digest` of each tensor, [N], in few calls, however many small ones there are.
+
+    >>> one, other = torch.ones(3), torch.zeros(2, 2)
+    >>> digests([one, other]).tolist() == [int(digest(one)), int(digest(other))]
+    True
+    """
+    found: dict[int, Tensor] = {}
+    for device in {one.device for one in tensors}:
+        small = [at for at, one in enumerate(tensors) if one.device == device and _is_small(one)]
+        if small:
+            together = _digests_of_small([tensors[at] for at in small])
+            if len(small) == len(tensors):
+                return together
+            found |= zip(small, together.unbind(), strict=True)
+    home = next((one.device for one in tensors if one.device.type != "cpu"), torch.device("cpu"))
+    each = [found[at] if at in found else digest(one) for at, one in enumerate(tensors)]
+    return torch.stack([one.to(home, non_blocking=True) for one in each])
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.numel() <= _SMALL and tensor.layout is torch.strided
+
+
+def _digests_of_small(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the digests of tensors on one device, whose elements are multiplied and added up together."""
+    if tensors[0].is_floating_point() and len({one.dtype for one in tensors}) == 1:
+        bits = _bits(torch.cat([one.reshape(-1) for one in tensors]))
+    else:
+        bits = torch.cat([_bits(one) for one in tensors])
+    lengths, factors, places = _layout(tuple(one.numel() * (1 + one.is_complex()) for one in tensors), bits.device)
+    return lengths.index_add(0, places, bits * factors)
+
+
+@lru_cache(maxsize=16)
+def _layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for tensors that lie one after the other: their lengths, and each element's factor and tensor."""
+    factors = torch.cat([_factors(length, torch.device("cpu")) for length in lengths])
+    each = torch.tensor(lengths)
+    places = torch.repeat_interleave(torch.arange(len(lengths)), each)
+    return each.to(device), factors.to(device), places.to(device)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable
+import shlex
 from typing import Any, Literal
 
 import torch
@@ -20,16 +22,23 @@ from camshaft.engine import (
     GradientsReady,
     LossReady,
     StepEnd,
+    asked_trial,
     call_model,
+    checkpoint_files,
+    checkpoints_of,
     every,
-    local_part,
+    is_finite,
+    keep_checkpoint,
+    non_finite_outputs,
     prepare_batch,
-    tree_map,
     unwrap,
     whole_number,
 )
 
+logger = logging.getLogger("camshaft")
+
 _MOST_KEPT = 1000  # losses
+_KEPT = "replay"  # where a checkpoint is kept, within the run directory; `camshaft replay` looks there, too
 
 
 class StopOnNonFinite(Callback):
@@ -38,9 +47,10 @@ class StopOnNonFinite(Callback):
     The losses are kept on the device. "raise" and "stop" look at all of them together, every ``every_steps`` and at
     the end of the epoch, so that no step waits for the device. They then say the first step at which it was so, which
     parameters and inputs are not finite, and which module is the first to return such values, by a forward pass of the
-    present batch in eval mode, if there is a part ``model``. "skip" has to know before each update, and looks there:
-    one wait per update; the update, with `Accumulate` that of the whole window, is left out. The averages of the epoch
-    keep the loss that was seen.
+    present batch in eval mode, if there is a part ``model``. With a run directory, the command that makes that step
+    again is logged, and the last checkpoint before it is kept there, in ``replay``. "skip" has to know before each
+    update, and looks there: one wait per update; the update, with `Accumulate` that of the whole window, is left out.
+    The averages of the epoch keep the loss that was seen.
 
     Args:
         policy: "raise" ends the run with an error, "stop" ends it with a reason, "skip" leaves updates out.
@@ -105,6 +115,7 @@ class StopOnNonFinite(Callback):
         first = min(engine.ranks.gather(first))
         place = f"between steps {since} and {engine.step}, first at step {first:.0f}"
         findings = find_non_finite(engine)
+        engine.ranks.on_main(lambda: self._prepare_replay(int(first)))
         if self.policy == "stop":
             engine.stop(f"StopOnNonFinite: the loss was NaN or infinite {place}; {findings}")
             return
@@ -114,6 +125,38 @@ class StopOnNonFinite(Callback):
             'StopOnNonFinite("skip") leaves such updates out.'
         )
 
+    def _keep_checkpoint(self, first: float) -> int | None:
+        """Keep the newest checkpoint before a step, which may be removed soon, and return its own step."""
+        directory, checkpoints = self._engine.directory, checkpoints_of(self._engine.listeners.callbacks)
+        if directory is None or checkpoints is None or asked_trial() is not None:
+            return None
+        kept = directory / _KEPT
+        for _ in range(5):
+            files = checkpoint_files([*checkpoints.path.glob("run-*.pt"), *kept.glob("run-*.pt")])
+            newest = next((file for file in files if file.step < first), None)
+            if newest is None:
+                break
+            with contextlib.suppress(FileNotFoundError):  # a thread that has written a newer one has removed it
+                keep_checkpoint(newest, kept)
+                return newest.step
+        return None
+
+    def _prepare_replay(self, first: int) -> None:
+        """Say how to make the first step with such a loss again, and keep what that needs."""
+        directory = self._engine.directory
+        if directory is None or asked_trial() is not None:  # of a run that is tried, nothing is left
+            return
+        try:
+            step = self._keep_checkpoint(first)
+        except OSError as error:
+            logger.warning("No checkpoint could be kept in %s: %s.", directory / _KEPT, error.strerror or error)
+            step = None
+        command = f"camshaft replay {shlex.quote(str(directory))} --step {first}"
+        if self._engine.ranks.several:
+            command += " -- torchrun ..."
+        begin = "the beginning: no checkpoint is earlier" if step is None else f"the checkpoint at step {step}"
+        logger.warning("To make step %d again, from %s, and see where it begins: %s", first, begin, command)
+
     def _skip(self, event: GradientsReady) -> None:
         number = self._look().pop(event.optimizer, None)
         seen = float(number is not None and float(number.min()) < math.inf)
@@ -121,11 +164,20 @@ class StopOnNonFinite(Callback):
             event.engine.run.skip_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the numbers that are still to be read, by optimizer, and the step at which they were read last."""
+        """Return the numbers that are still to be read, by optimizer, and the step at which they were read last.
+
+        This is called before a checkpoint is saved, and older ones are removed: the last one before such a loss is
+        kept.
+        """
         optimizers, seen = self._engine.parts.optimizers(), self._look()
         first = {name: seen[part] for name, part in optimizers.items() if part in seen}
         if (ranks := self._engine.ranks).several:  # a checkpoint holds what rank 0 returns
             first = _least(ranks.gather(first))
+        if self.policy != "skip" and ranks.is_main:
+            bad = min((float(number.min()) for number in first.values()), default=math.inf)
+            if bad < math.inf:
+                with contextlib.suppress(OSError):  # said when the run ends
+                    self._keep_checkpoint(bad)
         return {"read_at": self._read_at, "first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,13 +199,13 @@ def _least(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def find_non_finite(engine: Engine) -> str:
     """Return, in words, what of the model and of the present batch is NaN or infinite; nothing is changed."""
-    names = [name for name, parameter in engine.parts.named_parameters() if not _is_finite(parameter)]
+    names = [name for name, parameter in engine.parts.named_parameters() if not is_finite(parameter)]
     found = [f"not finite are the parameters {_first_of(names)}"] if names else []
     model, batch = engine.parts.modules().get("model"), engine.batch
     if model is not None and batch is not None:
         try:
             inputs = prepare_batch(batch)[0] if engine.stepper is None else engine.stepper.inputs(batch)
-            if not _is_finite(inputs):
+            if not is_finite(inputs):
                 found.append("the inputs of the present batch are not finite")
             if module := _first_module(engine, model, inputs):
                 found.append(f"on the present batch, the first module to return such values is {module}")
@@ -164,30 +216,10 @@ def find_non_finite(engine: Engine) -> str:
 
 def _first_module(engine: Engine, model: nn.Module, inputs: Any) -> str:
     """Return the first module whose output is not finite, in the order in which they return; "" for none."""
-    found: list[str] = []
-
-    def look(name: str, module: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _is_finite(output):
-                found.append(f'"{name}" ({type(module).__name__})' if name else type(module).__name__)
-
-        return hook
-
     bare = unwrap(model)
-    handles = [module.register_forward_hook(look(name, module)) for name, module in bare.named_modules()]
-    try:
-        with engine.evaluating():
-            call_model(bare, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with non_finite_outputs({"": bare}) as found, engine.evaluating():
+        call_model(bare, inputs)
     return found[0] if found else ""
-
-
-def _is_finite(values: Any) -> bool:
-    finite: list[bool] = []
-    tree_map(lambda tensor: finite.append(bool(torch.isfinite(local_part(tensor)).all())), values)
-    return all(finite)
 
 
 def _first_of(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from camshaft.engine import Engine
+from camshaft.engine import Engine, checkpoints_of
 
 from .appending import append
 from .best_checkpoint import watched_value
@@ -62,8 +62,17 @@ class Timeline:
                 "validation_sets": list(sets or ()),
                 "better": better,
                 "watched": None if monitor is None else monitor.name,
+                "checkpoints": self._checkpoints(),
             },
         )
+
+    def _checkpoints(self) -> str | None:
+        """Return where the run's checkpoints are, relative to the run directory if they are within it."""
+        directory = checkpoints_of(self._engine.listeners.callbacks)
+        if directory is None:
+            return None
+        path, run = directory.path.resolve(), self.path.parent.resolve()
+        return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
     def validation(self) -> None:
         """Write that a validation has ended."""

@@ -12,6 +12,7 @@ from .checkpoint import (
     CheckpointFile,
     check_plain,
     checkpoint_files,
+    keep_checkpoint,
     superseded,
     write_part,
 )
@@ -59,6 +60,7 @@ from .files import (
     sync_directory,
     write_durably,
 )
+from .finite import is_finite, non_finite_outputs
 from .history import STAGES, History, values_of
 from .in_parts import evaluate_part, train_in_parts
 from .losses import FocalLoss, SymmetricCrossEntropy
@@ -71,7 +73,7 @@ from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart
 from .stages import NOTHING, CurrentStage
-from .state import named_callbacks, run_state
+from .state import checkpoints_of, named_callbacks, run_state
 from .step import FunctionStep, Step, SupervisedStep
 from .trainer import Trainer
 from .trial import Trial, asked_trial, lead_files
@@ -157,6 +159,8 @@ __all__ = [
     "select_parameters",
     "weights_of",
     "unwrap",
+    "is_finite",
+    "non_finite_outputs",
     "Trial",
     "asked_trial",
     "lead_files",
@@ -187,6 +191,8 @@ __all__ = [
     "CheckpointDirectory",
     "CheckpointFile",
     "checkpoint_files",
+    "checkpoints_of",
+    "keep_checkpoint",
     "superseded",
     "write_part",
     "PART_DIGESTS",

@@ -171,6 +171,32 @@ def superseded(files: list[CheckpointFile], keep: int, keep_every: int | None) -
     return [file for file in files[keep:] if keep_every is None or file.number % keep_every]
 
 
+def keep_checkpoint(file: CheckpointFile, directory: Path) -> None:
+    """Keep a checkpoint, with its parts, in another directory, too; as links where the file system has them.
+
+    Raises:
+        OSError: if that fails; FileNotFoundError if it was removed meanwhile.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    parts, kept = parts_of(file.path.parent, file.number), parts_of(directory, file.number)
+    if parts.exists():
+        kept.mkdir(exist_ok=True)
+        for part in parts.iterdir():
+            _link(part, kept / part.name)
+    _link(file.path, directory / file.path.name)
+
+
+def _link(path: Path, other: Path) -> None:
+    if other.exists():
+        return
+    try:
+        other.hardlink_to(path)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(path, other)
+
+
 def parts_of(path: Path, number: int) -> Path:
     """Return the directory for the parts of a checkpoint."""
     return path / f".run-{number:06d}.parts"

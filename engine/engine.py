@@ -49,6 +49,7 @@ from .parts import Parts, check_parts
 from .plan import Plan
 from .ranks import Ranks, check_joined
 from .renamed import OF_ENGINE, refuse_old_names
+from .replay import begin_replay
 from .rng import generator_states, preserve_rng, seed_everything, set_generator_states
 from .run import NO_RUN, Phase, Run
 from .signals import handled_signals
@@ -500,9 +501,10 @@ class Engine:
         if self.run is not NO_RUN:
             raise EngineStateError("The engine is already running. Let this run end first, or make a second Engine.")
         check_joined(self.ranks)
+        replayed = begin_replay(self)  # None, unless the process is there to make a step of an earlier run again
         with self.scope("lock"):
-            found = None if resume is None else find_state(self, resume)
-            is_resuming, goes_on = resume is not None, False
+            found = replayed or (None if resume is None else find_state(self, resume))
+            is_resuming, goes_on = found is not None or resume is not None, False
             while True:
                 run = self._begin_run(plan, feed, sets, is_resuming=is_resuming, goes_on=goes_on)
                 found = yield from self._epochs_of(run, found)

@@ -110,9 +110,18 @@ def find_state(engine: Engine, resume: str | Path) -> Found | None:
     """
     if not isinstance(resume, str | os.PathLike):
         raise ConfigurationError(f'resume is {resume!r}, which is not a path. Pass "auto" or a path of a checkpoint.')
-    found = _found_by_main(
+    return fitting_state(
         engine, lambda: _find_newest(engine.listeners.callbacks) if resume == "auto" else _find_at(Path(resume))
     )
+
+
+def fitting_state(engine: Engine, find: Callable[[], Found | None]) -> Found | None:
+    """Return the state that ``find()`` returns on rank 0, in the present format; handlers are told of it.
+
+    Raises:
+        CheckpointError: if it is of another format, or does not fit the parts that the engine has.
+    """
+    found = _found_by_main(engine, find)
     if found is not None:
         state, source = found
         state = _in_present_format(state, source)
@@ -124,6 +133,11 @@ def find_state(engine: Engine, resume: str | Path) -> Found | None:
                 callback.before_resume(saved[name])
         found = state, source
     return found
+
+
+def checkpoints_of(callbacks: Iterable[Callback]) -> CheckpointDirectory | None:
+    """Return where a run with these callbacks has its checkpoints; None if it has none."""
+    return next((callback.checkpoints for callback in callbacks if callback.checkpoints is not None), None)
 
 
 def _is_here(engine: Engine, callback: Callback) -> bool:
@@ -146,10 +160,10 @@ def _found_by_main(engine: Engine, find: Callable[[], Found | None]) -> Found | 
 
 
 def _find_newest(callbacks: Iterable[Callback]) -> Found | None:
-    directories = [callback.checkpoints for callback in callbacks if callback.checkpoints is not None]
-    if not directories:
+    directory = checkpoints_of(callbacks)
+    if directory is None:
         raise ConfigurationError('resume="auto" has nowhere to look. Add RunCheckpoint(directory), or pass a path.')
-    return directories[0].load_newest()
+    return directory.load_newest()
 
 
 def _find_at(path: Path) -> Found:

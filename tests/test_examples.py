@@ -308,6 +308,17 @@ def test_custom_handler_draws_the_hardest(tmp_path: Path, capsys: pytest.Capture
     assert_finished(trainer, "loss.png", "acc.png", "hardest-01.png", "hardest-02.png", "hardest-03.png")
 
 
+def test_replay_names_the_module_that_returns_nan(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of 100 steps, the one with the empty sequence; its checkpoint is that of step 80."""
+    trainer = run("replay", tmp_path)
+    assert "first at step 85;" in trainer.history.reason
+    said = capfd.readouterr().out
+    assert "Step 85 was made again, from the checkpoint at step 80." in said
+    assert 'of the computation:\n  the output of "pool" (MeanOfSequence)\n' in said
+    assert "The digests of the 4 steps that both have are the same, bit for bit, up to step 84." in said
+    assert_finished(trainer)
+
+
 def test_distributed_runs_on_one_process(tmp_path: Path) -> None:
     """One class for every image is right on 10 to 12 %."""
     trainer = run("distributed", tmp_path)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from camshaft.callbacks import Accumulate, Fingerprint, Placement, RunCheckpoint, RunDirectory
-from camshaft.callbacks.fingerprint import digest
+from camshaft.callbacks.fingerprint import digest, digests
 from camshaft.engine import (
     BatchReady,
     Callback,
@@ -198,6 +198,27 @@ def test_the_parts_of_a_large_tensor_count_by_their_place(monkeypatch: pytest.Mo
     monkeypatch.setattr("camshaft.callbacks.fingerprint._CHUNK", 64)
     assert digest(one) == whole
     assert digest(swapped) != whole
+
+
+def test_many_tensors_together_have_the_digests_that_each_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all kinds, small and large, and none of them changed."""
+    monkeypatch.setattr("camshaft.callbacks.fingerprint._SMALL", 64)
+    generator = torch.Generator().manual_seed(0)
+    floats = [torch.randn(shape, generator=generator) for shape in ((), (3,), (0, 4), (5, 6), (8, 8))]
+    large = [torch.randn(65, generator=generator), torch.randn(30, 10, generator=generator).T]
+    nan = torch.tensor([0x7FC00001, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)  # three kinds of NaN
+    others = [torch.tensor([True, False]), torch.tensor([1 + 2j]), torch.arange(5), torch.eye(3).to_sparse(),
+              torch.ones(3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.float64).T]  # fmt: skip
+    for tensors in (floats, [*floats, nan], large, [*floats, *large], [*others, *floats, *large, nan], others):
+        assert digests(tensors).tolist() == [int(digest(one)) for one in tensors]
+
+
+@pytest.mark.gpu
+def test_digests_on_two_devices_are_those_of_one() -> None:
+    tensors = [torch.randn(5), torch.randn(5000), torch.arange(3)]
+    alone = [int(digest(one)) for one in tensors]
+    assert digests([one.cuda() for one in tensors]).tolist() == alone
+    assert digests([tensors[0].cuda(), *tensors[1:]]).tolist() == alone
 
 
 @pytest.mark.parametrize(

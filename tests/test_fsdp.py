@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from camshaft.engine import (
     at,
     has_shards,
     is_sharded,
+    keep_checkpoint,
     local_part,
     made_whole,
     parameters_of,
@@ -494,6 +496,24 @@ def write_in_parts(path: Path, number: int) -> None:
     weights = {IN_PARTS: 0, "shape": [4], "dtype": torch.float32}
     directory.save({"number": number, "weights": weights, PART_DIGESTS: digests}, step=number)
     directory.prune(keep=1, keep_every=None)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_checkpoint_in_parts_is_kept_elsewhere_with_its_parts(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is removed from its directory, and where the file system has no links."""
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *paths, **options: os.open(tmp_path, os.O_WRONLY))  # an OSError
+    directory, kept = CheckpointDirectory(tmp_path / "own"), tmp_path / "kept"
+    directory.path.mkdir()
+    write_in_parts(directory.path, 1)
+    for _ in range(2):  # a second time changes nothing
+        keep_checkpoint(directory.files()[0], kept)
+    write_in_parts(directory.path, 2)
+    assert len(directory.files()) == 1
+    (file,) = CheckpointDirectory(kept).files()
+    assert torch.equal(load_verified(file.path)["weights"], torch.full((4,), 1.0))
 
 
 def test_a_kill_at_any_call_of_a_save_in_parts_leaves_a_good_checkpoint(tmp_path: Path) -> None:

@@ -159,7 +159,9 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv", "report.html"} < left
 
 
-PAGES_WITH_CODE = ("update", "handlers", "ranks", "data", "testing", "reproducing", "rollback", "steering")
+PAGES_WITH_CODE = (
+    "update", "handlers", "ranks", "data", "testing", "reproducing", "rollback", "steering", "replay",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES_WITH_CODE])

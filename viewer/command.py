@@ -202,6 +202,32 @@ def diff(runs: tuple[Run, Run], as_json: bool) -> None:
         sys.exit(1)
 
 
+@app.command("replay")
+@click.argument("run", type=_RunName())
+@click.option("--step", type=click.IntRange(min=1), required=True, help="Which step to make again.")
+@click.option("--debug", is_flag=True, help="Stop in Python's debugger at the first line of your code in the step.")
+@click.option("--anomaly/--no-anomaly", default=True, show_default=True,
+              help="Let torch find the operation whose gradient is NaN.")  # fmt: skip
+@click.option("--hook", metavar="FILE:FUNCTION", help="Call function(engine) just before the step's batch is used.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def replay_step(run: Run, step: int, debug: bool, anomaly: bool, hook: str | None, command: tuple[str, ...]) -> None:
+    """Make one step of RUN again, from the checkpoint before it, and say what was computed in it.
+
+    COMMAND is what started the run, after "--"; it can be left out if it would be the same. Its handlers write into a
+    directory that is removed, and it ends after the step. The exit code is 0 if the step was made again and no digest
+    of a Fingerprint differs.
+    """
+    from .replay import CannotReplayError, replay
+
+    try:
+        made = replay(run, step, command, debug=debug, anomaly=anomaly, hook=hook)
+    except CannotReplayError as error:
+        raise _CannotError(str(error)) from error
+    click.echo("\n" + "\n".join(_plain(line) for line in made.in_words().splitlines()))
+    if not made.is_good:
+        sys.exit(1)
+
+
 @app.command()
 @click.argument("run", type=_RunName())
 @click.argument("order", nargs=-1, required=True)

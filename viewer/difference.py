@@ -8,6 +8,7 @@ from typing import Any
 
 from .run import Run
 
+Rows = dict[int, dict[str, Any]]
 KINDS = ("data", "loss", "gradients", "weights")  # in the order in which a step computes them
 
 _CAUSES = {
@@ -75,7 +76,11 @@ class Difference:
 
 def first_difference(one: Run, other: Run) -> Difference:
     """Return where two runs part."""
-    ours, theirs = _rows(one), _rows(other)
+    return difference(*(rows_of(run.text("fingerprints.jsonl")) for run in (one, other)))
+
+
+def difference(ours: Rows, theirs: Rows) -> Difference:
+    """Return where two runs part, by the rows of their digests."""
     both = sorted(ours.keys() & theirs.keys())
     only = len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())
     for number, step in enumerate(both):
@@ -88,9 +93,10 @@ def first_difference(one: Run, other: Run) -> Difference:
     return Difference(None, "", (), 0, both[-1] if both else None, len(both), only)
 
 
-def _rows(run: Run) -> dict[int, dict[str, Any]]:
-    rows: dict[int, dict[str, Any]] = {}
-    for line in run.text("fingerprints.jsonl").splitlines():
+def rows_of(text: str) -> Rows:
+    """Return what is in a file of digests, by step."""
+    rows: Rows = {}
+    for line in text.splitlines():
         try:
             row = json.loads(line)
             rows[int(row["step"])] = row

@@ -154,6 +154,12 @@ class Run:
         """The names of several validation sets, whose values are ``val_clean_loss`` and the like."""
         return [one for one in self._of_begin("validation_sets") or [""] if isinstance(one, str)]
 
+    @property
+    def checkpoints(self) -> str | None:
+        """Where its checkpoints are: a path within its directory, or an absolute one."""
+        path = self._of_begin("checkpoints")
+        return path if isinstance(path, str) else None
+
     def _of_begin(self, key: str) -> Any:
         return next((one[key] for one in reversed(self.moments) if one.get(key) is not None), None)
 
