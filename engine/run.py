@@ -78,6 +78,7 @@ class Run:
         save_is_due: whether somebody asked for a checkpoint, as of the last settling.
         next_validation: the next step with a validation in mid-epoch.
         goes_back_to: an earlier state of the run to go on from, and where it was kept; None if it does not go back.
+        validation_limit: how many batches of each validation set are read at most; None for all.
         validation_was_cut: whether a validation was interrupted, and must be made again.
         last_validation: the values of the newest validation of the present epoch.
         due: the loop need not settle anything before this step.
@@ -93,7 +94,8 @@ class Run:
         "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "goes_back_to",
         "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "may_skip_batch",
         "next_validation", "num_skipped_batches", "phase", "plan", "ranks", "save_is_due", "skips_batch",
-        "step_before_epoch", "stop_reason", "training_stage", "validation_sets", "validation_was_cut",
+        "step_before_epoch", "stop_reason", "training_stage", "validation_limit", "validation_sets",
+        "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
@@ -112,6 +114,7 @@ class Run:
         self.ranks = ranks
         self._agreement = Agreement[Decision](ranks) if ranks.several else None
         self.validation_sets = validation_sets
+        self.validation_limit = plan.limit
         self.is_resuming = is_resuming
         self.first_epoch, self.first_step = epoch, step
         self.last_epoch, self.last_step = self._goal()
@@ -202,6 +205,27 @@ class Run:
             )
         self.goes_back_to = state, source
         self.due, self.ends_epoch = 0, True
+
+    def limit_validation(self, num_batches: int) -> None:
+        """Read only so many batches of each validation set from now on: for a run that is only tried."""
+        self.validation_limit = num_batches
+
+    def jump(self, step: int, *, epoch: int = 0, skips: int = 0) -> None:
+        """Go on as if ``step`` steps had been done, also after a stop: for a run that is only tried.
+
+        Called between epochs, or before the first batch of one. The engine's counters are set by the caller.
+
+        Args:
+            step: the engine's counter.
+            epoch: that of the engine, where ``skips`` is given.
+            skips: let the data of this epoch begin after so many batches, if these need not be read for that.
+        """
+        self.stop_reason = None
+        self.last_epoch, self.last_step = self._goal()
+        self.ended_step = step
+        self.ends_epoch = self._ends_epoch_early = False
+        self.next_validation = self.plan.next_validation(step)
+        self.feed.jump(epoch, skips)
 
     def _decide(self, decision: Decision) -> None:
         """Take a decision over at once, or on several ranks, when all of them meet."""

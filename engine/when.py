@@ -152,7 +152,7 @@ class every_seconds:  # noqa: N801
             )
 
 
-class _Clock:
+class Clock:
     """The clock of one subscription with `every_seconds`.
 
     It is not read at every count, but about half-way to the time, judged by the pace so far; at most 64 counts later.
@@ -178,6 +178,10 @@ class _Clock:
         self._last_look, self._last_count = now, count
         half_way = int(pace * (self._setting.seconds - (now - self._last_run)) / 2)
         return count + min(max(half_way, 1), 64)
+
+    def run_out(self) -> None:
+        """Let the time have come: for a run that is only tried."""
+        self._last_run -= self._setting.seconds
 
     def __repr__(self) -> str:
         return repr(self._setting)
@@ -208,7 +212,7 @@ def as_when(when: object) -> When:
     if when is None:
         return Always()
     if isinstance(when, every_seconds):
-        return _Clock(when)
+        return Clock(when)
     if isinstance(when, type):
         raise ConfigurationError(
             f"when={when.__name__} is a class, not a filter. Write {when.__name__}(...) with its number."
