@@ -72,7 +72,9 @@ def cut_and_resumed(
             "run would be exact. Look at Deterministic(), and at what draws random numbers."
         )
     if differs:
-        rehearsal.warnings.append(f"A run that is resumed differs from one that goes on, in: {', '.join(sorted(differs))}.")
+        rehearsal.warnings.append(
+            f"A run that is resumed differs from one that goes on, in: {', '.join(sorted(differs))}."
+        )
     exact = "not comparable" if own_varies else "with differences" if differs else "bit for bit the same as without"
     rehearsal.tried["resumed"] = f"{where}, {exact}"
 

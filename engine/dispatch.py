@@ -107,13 +107,10 @@ class Channel(Generic[E]):
         self.due = NEVER
         self.filtered = False  # whether any subscription had a filter at the last dispatch
 
-    def add(self, handler: Handler[E], when: When, *, first: bool = False) -> Subscription[E]:
-        """Append a handler, or let it be the first; it takes part from the next dispatch on."""
+    def add(self, handler: Handler[E], when: When) -> Subscription[E]:
+        """Append a handler; it takes part from the next dispatch on."""
         subscription = Subscription(self, handler, when)
-        others = dict(self.subscriptions) if first else {}
-        if first:
-            self.subscriptions.clear()
-        self.subscriptions |= {subscription: None, **others}
+        self.subscriptions[subscription] = None
         self._called, self.due = None, 0
         return subscription
 

@@ -206,8 +206,8 @@ class Engine:
     ) -> Rehearsal:
         """Try a whole run in seconds, before `fit` makes it: its first epoch, its last, and what happens in between.
 
-        The arguments are those of `fit`. A few batches are read of each epoch that is tried, and validations, saving,
-        handlers that run now and then, the end of the run and a resume are tried, too. What fails there is raised here.
+        The arguments are those of `fit`. A few batches of some epochs are read; validations, saving, handlers that run
+        now and then, the end of the run and a resume are tried, too. What fails there is raised here.
         Afterwards everything is as it was: weights, random numbers, handlers and files. What was tried, and what the
         whole run will need, is printed and returned.
 
@@ -298,7 +298,7 @@ class Engine:
                     run.cut_validation()
                     self.num_validations -= 1
                     return
-            metrics = self._values_of("val", sets)
+            metrics = run.changed(self._values_of("val", sets))
             run.end_validation(metrics)
             trained = {} if run.data_exhausted else prefixed("train", self.stages["train"].since_mark())
             self.history.add_validation(self.epoch, self.step, trained | scalars(metrics), sets)
@@ -661,7 +661,7 @@ class Engine:
         run.phase = Phase.ENDING
         self.update.check_heard()
         with preserve_rng():
-            metrics = prefixed("train", self.stages["train"].compute()) | run.last_validation
+            metrics = run.changed(prefixed("train", self.stages["train"].compute())) | run.last_validation
             self.history.add_epoch(self.epoch, self.step, scalars(metrics))
             self.emit(EpochEnd(self, metrics))
         run.phase = Phase.BETWEEN

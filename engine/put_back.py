@@ -56,9 +56,9 @@ _OTHERS_CODE = (
 def put_back(*roots: Any) -> Iterator[None]:
     """Put everything that can be reached from ``roots`` back, after the block, to what it was before.
 
-    Each object stays the same one, and gets its content back: lists, dicts, attributes, what functions keep from around
-    them, tensors with their memory and gradients, and random generators, the global ones too. A tensor that was moved
-    to another device is there again where it was; its values are kept on the host in between.
+    Each object stays the same one, and gets its content back: lists, dicts, attributes, what functions keep from
+    around them, tensors with their memory and gradients, and random generators, the global ones too. A tensor that was
+    moved to another device is where it was again; its values are kept on the host in between.
 
     Of a function of the user's own, the global variables that it names are put back, too. What is not looked into:
     classes, threads, files, iterators that have begun, and the samples of a data set, which are read and not written.
@@ -204,7 +204,7 @@ def _reached(owner: Any) -> Iterable[Any]:
     if type(owner).__name__ == "partial" and type(owner).__module__ == "functools":
         return owner.func, owner.args, owner.keywords
     if isinstance(owner, Tensor) and hasattr(type(owner), "__tensor_flatten__"):
-        return [getattr(owner, name) for name in owner.__tensor_flatten__()[0]]
+        return [getattr(owner, name) for name in owner.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
     return ()
 
 
@@ -258,17 +258,23 @@ _CONTAINERS = {
     dict: _Kind(_read_dict, _write_dict, list, _identical),
     set: _Kind(list, _write_set, list, lambda ours, theirs: {*map(id, ours)} == {*map(id, theirs)}),
     deque: _Kind(list, _write_deque, list, _identical),
-    bytearray: _Kind(bytes, lambda owner, value: owner.__setitem__(slice(None), value), lambda value: (), bytes.__eq__),
 }
 
 # Attributes, and what functions hold ------------------------------------------------------------------
 
-_ATTRIBUTES = _Kind(
-    lambda owner: _read_dict(_plain_attribute(owner, "__dict__")),
-    lambda owner, value: _write_dict(_plain_attribute(owner, "__dict__"), value),
-    list,
-    _identical,
-)
+
+def _read_attributes(owner: Any) -> list[Any]:
+    """Return the class, which a layer changes when its shape becomes known, and the attributes."""
+    return [type(owner), *_read_dict(_plain_attribute(owner, "__dict__"))]
+
+
+def _write_attributes(owner: Any, value: list[Any]) -> None:
+    if type(owner) is not value[0]:
+        owner.__class__ = value[0]
+    _write_dict(_plain_attribute(owner, "__dict__"), value[1:])
+
+
+_ATTRIBUTES = _Kind(_read_attributes, _write_attributes, list, _identical)
 
 
 def _slots(owner: Any) -> list[Any]:
@@ -355,11 +361,10 @@ class _TensorContent:
     requires_grad: bool
     is_leaf: bool
     grad: Tensor | None
-    kind: type
 
     def place(self) -> tuple[Any, ...]:
         """Return where its values are, and how they are read."""
-        alias, where = self.alias, tuple[int, ...]()
+        alias, where = self.alias, tuple[Any, ...]()
         if alias.layout is torch.strided:
             where = (alias.data_ptr(), alias.storage_offset(), *alias.stride())
         elif alias.layout is torch.sparse_coo:
@@ -369,7 +374,7 @@ class _TensorContent:
 
 def _read_tensor(owner: Tensor) -> _TensorContent:
     grad = owner.grad if owner.is_leaf else None  # torch warns of another's
-    return _TensorContent(owner.data, owner.requires_grad, owner.is_leaf, grad, type(owner))
+    return _TensorContent(owner.data, owner.requires_grad, owner.is_leaf, grad)
 
 
 def _write_tensor(owner: Tensor, value: _TensorContent) -> None:
@@ -379,8 +384,6 @@ def _write_tensor(owner: Tensor, value: _TensorContent) -> None:
     owner.grad = None
     if value.is_leaf and not now.is_leaf:
         owner.detach_()
-    if now.kind is not value.kind:  # as a parameter whose shape was not known until the first batch
-        owner.__class__ = value.kind
     if now.place() != value.place():
         owner.data = value.alias
     if value.is_leaf:
@@ -389,9 +392,8 @@ def _write_tensor(owner: Tensor, value: _TensorContent) -> None:
 
 
 def _same_tensor(ours: _TensorContent, theirs: _TensorContent) -> bool:
-    return ours.grad is theirs.grad and ours.place() == theirs.place() and (
-        (ours.requires_grad, ours.is_leaf, ours.kind) == (theirs.requires_grad, theirs.is_leaf, theirs.kind)
-    )  # fmt: skip
+    ours_has, theirs_has = ((one.requires_grad, one.is_leaf) for one in (ours, theirs))
+    return ours.grad is theirs.grad and ours_has == theirs_has and ours.place() == theirs.place()
 
 
 def _inside_tensor(value: _TensorContent) -> Iterator[Any]:
@@ -405,7 +407,8 @@ def _inside_tensor(value: _TensorContent) -> Iterator[Any]:
 
 def _on_host(memory: torch.UntypedStorage) -> torch.UntypedStorage:
     """Return a copy that is on the host, so that the memory of a device does not have to suffice for both."""
-    return memory.clone() if memory.device.type == "cpu" else memory.cpu()
+    host: torch.UntypedStorage = memory.clone() if memory.device.type == "cpu" else memory.cpu()
+    return host
 
 
 def _write_memory(owner: torch.UntypedStorage, value: torch.UntypedStorage) -> None:
@@ -456,6 +459,8 @@ _ARRAY = _Kind(
     np.array,
     _write_array,
     lambda value: list(value.flat) if value.dtype == object else (),
-    lambda ours, theirs: _identical(ours.flat, theirs.flat) if ours.dtype == object else ours.tobytes() == theirs.tobytes(),
+    lambda ours, theirs: (
+        _identical(ours.flat, theirs.flat) if ours.dtype == object else ours.tobytes() == theirs.tobytes()
+    ),
 )
 _GENERATOR = _Kind(_read_generator, _write_generator, lambda value: (), _same_state)

@@ -105,6 +105,7 @@ def _life(engine: Engine, data: tuple[Any, ...], scratch: Path, name: str, *, wi
     """
     print(f"Rehearsal: {name} ...", flush=True)
     files = scratch / (within or name)
+    files.mkdir(exist_ok=True)
     with put_back(engine, *data):
         lead_files(engine.listeners.callbacks, files)
         engine.subscribe(FitStart, lambda event: event.engine.run.limit_validation(NUM_STEPS))

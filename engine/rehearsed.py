@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,13 +19,20 @@ from .run import Phase
 if TYPE_CHECKING:
     from .engine import Engine
 
+try:
+    import resource as _resource
+except ImportError:
+    _resource = None  # type: ignore[assignment]  # Windows has none
+
+resource: Any = _resource
+
 
 @dataclass(slots=True)
 class Rehearsal:
     """What `Engine.rehearse` has tried, and what the whole run will need; ``str`` is a table of it.
 
     Attributes:
-        tried: what was tried, in words, by what it is about: ``"epochs"``, ``"handlers"``, ``"stopped"``, ``"resumed"``.
+        tried: what was tried, in words, under ``"epochs"``, ``"handlers"``, ``"stopped"`` and ``"resumed"``.
         seconds_per_epoch: of a whole epoch with its validation; None where the number of batches is unknown.
         seconds: of the whole run, if nothing stops it; None where unknown.
         bytes_on_disk: what each handler has kept on the disk at the end of the run, by its name.
@@ -46,13 +53,13 @@ class Rehearsal:
             "time per epoch": _duration(self.seconds_per_epoch),
             "whole run": _duration(self.seconds),
             "kept on disk": kept or "nothing",
-            "peak memory": _size(self.peak_memory),
+            "peak memory": _size(self.peak_memory) if self.peak_memory else "not known here",
         }
         width = max(map(len, (*self.tried, *needed)))
-        lines = ["Tried:", *(f"  {name:{width}}  {text}" for name, text in self.tried.items())]
-        lines += ["The whole run will need:", *(f"  {name:{width}}  {text}" for name, text in needed.items())]
+        lines = ["Tried:", *(_entry(name.ljust(width), text) for name, text in self.tried.items())]
+        lines += ["The whole run will need:", *(_entry(name.ljust(width), text) for name, text in needed.items())]
         if self.warnings:
-            lines += ["Look at:", *(f"  {text}" for text in self.warnings)]
+            lines += ["Look at:", *(_entry("-", text) for text in self.warnings)]
         return "\n".join([*lines, "Everything is as it was before."])
 
 
@@ -76,7 +83,6 @@ class Measure:
         self._first_validation_steps: list[float] = []  # with what happens before
         self._rest: list[float] = []  # of each epoch: what is neither
         self._epoch: tuple[float, int, int] = (0.0, 0, 0)
-        self.planned: tuple[int | None, int | None, int] = (None, None, 0)  # steps of an epoch, of the run; validations
         for event in (EpochStart, StepEnd, ValidationStart, ValidationStepEnd, ValidationEnd, Settled):
             engine.subscribe(event, self._note)
 
@@ -108,7 +114,7 @@ class Measure:
         times = self._validation_steps or self._first_validation_steps
         return statistics.median(times) if times else 0.0
 
-    def seconds(self, steps: int | None, *, epochs: int, validations: int) -> float | None:
+    def seconds(self, steps: int | None, epochs: int, validations: float) -> float | None:
         """Return how long so many steps, ends of epochs and whole validations take; None where that is unknown."""
         if steps is None or not self._steps or (validations and self._num_validation_batches is None):
             return None
@@ -120,14 +126,21 @@ class Measure:
         """Return the most memory that was in use so far."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
+        if resource is None:
+            return 0
         unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
 def listing(directories: list[Path]) -> dict[Path, tuple[int, int]]:
     """Return size and time of change of every file in some directories."""
     files = {path for directory in directories for path in directory.rglob("*") if path.is_file()}
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def _entry(name: str, text: str) -> str:
+    indent = " " * (len(name) + 4)
+    return textwrap.fill(text, 100, initial_indent=f"  {name}  ", subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _duration(seconds: float | None) -> str:
@@ -150,10 +163,8 @@ def _size(number: float) -> str:
     >>> _size(1_234_567)
     '1.2 MB'
     """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            break
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while number >= 1000 and len(units) > 1:
         number /= 1000
-    else:
-        unit = "TB"
-    return f"{number:.3g} {unit}" if number >= 100 or unit == "bytes" else f"{number:.2g} {unit}"
+        del units[0]
+    return f"{number:.0f} {units[0]}" if number >= 10 or units[0] == "bytes" else f"{number:.1f} {units[0]}"

@@ -45,19 +45,25 @@ class Route:
         num_epochs, num_steps: of the whole run; None where unknown.
         epoch_length: the steps of an epoch; None where unknown.
         tried: each handler with a filter, in words, with the count at which it is due first.
-        never: in words, the handlers that are not due in this run.
+        warnings: what the run itself would not notice before its end.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._run = run = engine.run
         self.epoch_length = run.epoch_length
-        self._first = {name: getattr(engine, name) for name in ("epoch", "step", "num_updates", "num_validations")}
+        self._first: dict[str, int] = {
+            name: getattr(engine, name) for name in ("epoch", "step", "num_updates", "num_validations")
+        }
         self.num_epochs, self.num_steps = run.num_planned("epoch"), run.num_planned("step")
         updates = engine.update.num_planned(run)
         self._updates_per_step = updates / self.num_steps if updates and self.num_steps else 1.0
         self.tried: list[str] = []
-        self.never: list[str] = []
+        self.warnings: list[str] = []
+        if run.plan.epoch_length is not None and (run.feed.length or NEVER) < (self.num_steps or 0):
+            self.warnings.append(
+                f"The data have {run.feed.length} batches, and the run needs {self.num_steps}. Pass repeat(train)."
+            )
         first = Place(engine.epoch + 1, engine.step, engine.step, engine.step + _NUM_FIRST_STEPS)
         later = {*self._validations(), *self._handlers(), self._place(epoch=self.last_epoch, step=self.last_step)}
         beyond = [one for one in later if one is not None and (one.epoch > first.epoch or one.last > first.last)]
@@ -92,14 +98,14 @@ class Route:
 
     def _place(self, *, epoch: int | None = None, step: int | None = None) -> Place | None:
         """Return the place of an epoch, or at which a step is done; None if the run does not get there."""
-        first_epoch, first_step = self._first["epoch"], self._first["step"]
+        first_epoch, first_step, length = self._first["epoch"], self._first["step"], self.epoch_length
         if step is not None and epoch is None:
-            epoch = first_epoch + (1 if self.epoch_length is None else math.ceil((step - first_step) / self.epoch_length))
+            epoch = first_epoch + (1 if length is None else math.ceil((step - first_step) / length))
         assert epoch is not None
         if epoch > self.last_epoch or (step is not None and step > (self.last_step or NEVER)):
             return None
-        before = first_step if self.epoch_length is None else first_step + (epoch - first_epoch - 1) * self.epoch_length
-        last = before + min(NUM_STEPS, self.epoch_length or NUM_STEPS) if step is None else step
+        before = first_step if length is None else first_step + (epoch - first_epoch - 1) * length
+        last = before + min(NUM_STEPS, length or NUM_STEPS) if step is None else step
         return Place(epoch, max(before, last - NUM_STEPS), before, last)
 
     def _validations(self) -> list[Place | None]:
@@ -123,7 +129,7 @@ class Route:
                 place = None if count is None else self._at(counter, count)
                 places.append(place)
                 if place is None:
-                    self.never.append(f"{name}, which hears {event.__name__}")
+                    self.warnings.append(f"{name} hears {event.__name__} and is never due in this run.")
                 else:
                     self.tried.append(f"{name} at {counter} {count}")
         return places

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .continued import ENOUGH
 from .data import DataSets
@@ -18,8 +17,6 @@ from .rehearsed import Measure, Rehearsal, listing
 from .route import NUM_STEPS, Route
 from .run import Phase
 from .state import named_callbacks
-from .values import scalars
-from .when import Always
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -36,28 +33,23 @@ def from_first_to_last(
 ) -> None:
     """Make a few steps wherever something is new, with values that get better and worse in turn."""
     with life("from the first epoch to the last") as files:
-        _change_values(engine, _in_turn())
+        engine.subscribe(FitStart, lambda event: event.engine.run.change_values(_in_turn()))
         tour = _Tour(engine, val)
         fit()
         names = named_callbacks(engine.listeners.callbacks)
-        rehearsal.bytes_on_disk = {
-            name: sum(size for size, _ in listing([files / name]).values()) for name in names
-        }
+        rehearsal.bytes_on_disk = {name: sum(size for size, _ in listing([files / name]).values()) for name in names}
         rehearsal.peak_memory = tour.measure.peak_memory()
         free = shutil.disk_usage(files).free
-    route, measure = tour.route, tour.measure
-    whole = route.num_epochs or 1
-    rehearsal.seconds = measure.seconds(route.num_steps, epochs=whole, validations=route.num_validations)
-    rehearsal.seconds_per_epoch = measure.seconds(
-        route.epoch_length, epochs=1, validations=route.num_validations / whole
-    )
+    route, whole = tour.route, tour.route.num_epochs or 1
+    rehearsal.seconds = tour.measure.seconds(route.num_steps, whole, route.num_validations)
+    rehearsal.seconds_per_epoch = tour.measure.seconds(route.epoch_length, 1, route.num_validations / whole)
     epochs = ", ".join(map(str, dict.fromkeys(tour.epochs)))
     of = "an unknown number" if route.num_epochs is None else str(route.last_epoch)
     rehearsal.tried["epochs"] = f"{epochs} of {of}, a few steps of each; {tour.num_validations} validations"
     rehearsal.tried["handlers"] = "; ".join([", ".join(names) or "none", *route.tried])
     if val is not None and not route.num_validations:
         rehearsal.warnings.append("No validation is due in this run. Look at validate_every.")
-    rehearsal.warnings += [f"Never due in this run: {one}." for one in route.never]
+    rehearsal.warnings += route.warnings
     if (needed := sum(rehearsal.bytes_on_disk.values())) > free:
         rehearsal.warnings.append(f"The run keeps {needed:,} bytes on the disk, of which {free:,} are free.")
 
@@ -137,26 +129,6 @@ def _in_turn() -> Change:
     return change
 
 
-def _change_values(engine: Engine, change: Change) -> None:
-    """Let handlers hear other values than were measured; what is not a number stays so."""
-    heard: dict[str, float] = {}
-
-    def of_validation(event: ValidationEnd) -> None:
-        for name, value in _numbers(event.metrics):
-            event.metrics[name] = heard[name] = change(name, value)
-
-    def of_epoch(event: EpochEnd) -> None:
-        for name, value in _numbers(event.metrics):
-            event.metrics[name] = heard[name] if name in heard else change(name, value)
-
-    engine.listeners.channel(ValidationEnd).add(of_validation, Always(), first=True)
-    engine.listeners.channel(EpochEnd).add(of_epoch, Always(), first=True)
-
-
-def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in scalars(values).items() if math.isfinite(value)]
-
-
 def without_gain(engine: Engine, fit: Callable[[], object], life: Life, rehearsal: Rehearsal) -> None:
     """Let no value get better, until a handler ends the run."""
     firsts: dict[str, float] = {}
@@ -178,7 +150,9 @@ def without_gain(engine: Engine, fit: Callable[[], object], life: Life, rehearsa
             engine.run.interrupt(ENOUGH)
 
     with life("values that do not get better"):
-        _change_values(engine, lambda name, value: firsts.setdefault(name, value))
+        engine.subscribe(
+            FitStart, lambda event: event.engine.run.change_values(lambda *pair: firsts.setdefault(*pair))
+        )
         engine.subscribe(StepEnd, leave)
         engine.subscribe(ValidationEnd, count)
         engine.subscribe(EpochEnd, count)
