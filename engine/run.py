@@ -92,12 +92,12 @@ class Run:
 
     __slots__ = (
         "_agreement", "_change", "_ends_epoch_early", "_is_updating", "_num_passes", "_num_passes_to_skip",
-        "_num_validated", "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "_validation_was_asked",
-        "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "goes_back_to",
-        "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "may_skip_batch",
-        "next_validation", "num_skipped_batches", "phase", "plan", "ranks", "save_is_due", "skips_batch",
-        "step_before_epoch", "stop_reason", "training_stage", "validation_limit", "validation_sets",
-        "validation_was_cut",
+        "_num_validated", "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step",
+        "_validation_was_asked", "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch",
+        "first_step", "goes_back_to", "interrupted", "is_over", "is_resuming", "last_epoch", "last_step",
+        "last_validation", "may_skip_batch", "next_validation", "num_skipped_batches", "phase", "plan", "ranks",
+        "save_is_due", "skips_batch", "step_before_epoch", "stop_reason", "training_stage", "validation_limit",
+        "validation_sets", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(

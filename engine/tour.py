@@ -88,6 +88,7 @@ class _Tour:
         """Go to the steps of the epoch that are wanted."""
         engine, place = self._engine, self.route.places[0]
         self.epochs.append(engine.epoch)
+        print(f"  epoch {engine.epoch}, from step {place.step + 1}", flush=True)
         if place.step > place.before:
             engine.step = place.step
             engine.run.jump(place.step, epoch=place.epoch, skips=place.step - place.before)

@@ -159,7 +159,7 @@ def test_the_code_in_the_readme_runs_and_is_short(
     assert {"loss.png", "acc.png", "log.log", "settings.json", "environment.json", "history.csv", "report.html"} < left
 
 
-PAGES_WITH_CODE = ("update", "handlers", "ranks", "data", "testing", "reproducing")
+PAGES_WITH_CODE = ("update", "handlers", "ranks", "data", "testing", "reproducing", "rehearsal")
 
 
 @pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES_WITH_CODE])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -434,6 +437,155 @@ def test_ctrl_c_ends_a_rehearsal_and_everything_is_put_back() -> None:
         engine.rehearse(TRAIN, VAL, epochs=20)
     after_it = state_of(engine)
     assert {key for key in before if not equal(before[key], after_it[key])} == set()
+
+
+# A fresh process --------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os
+from pathlib import Path
+import torch
+from camshaft.callbacks import BestCheckpoint, RunCheckpoint, RunDirectory, StopAfter, WeightAverage
+from camshaft.engine import Callback
+from camshaft.testing import toy_data, toy_engine
+
+Path(f"pid-{os.getpid()}").touch()
+is_fresh = "CAMSHAFT_TRIAL" in os.environ
+
+class Own(Callback):
+    def state_dict(self):
+        return {"state": 1}
+
+    def load_state_dict(self, state):
+        __PLANTED__
+
+if __name__ == "__main__":
+    for number in range(2):
+        seed = os.getpid() + number  # each process begins with weights of its own
+        handlers = [Own(), RunDirectory("runs", terminal=False), BestCheckpoint("val_loss"), StopAfter(hours=1)]
+        engine = toy_engine(*handlers, *[RunCheckpoint(f"run {number}")] * number, WeightAverage(decay=0.9), seed=seed)
+        print(engine.rehearse(*toy_data(), epochs=20).tried["resumed"])
+"""
+
+
+def run_script(directory: Path, planted: str = "pass") -> subprocess.CompletedProcess[str]:
+    (directory / "script.py").write_text(SCRIPT.replace("__PLANTED__", planted))
+    command = [sys.executable, "script.py", "--any", "option"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
+
+
+def test_a_script_is_resumed_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
+    """Also at its second rehearsal, which has a RunCheckpoint; the first is resumed from a state of its own."""
+    done = run_script(tmp_path)
+    assert done.returncode == 0, done.stderr
+    pids = {path.name[4:] for path in tmp_path.glob("pid-*")}
+    assert len(pids) == 3
+    said = [line for line in done.stdout.splitlines() if line.startswith("in a fresh process (")]
+    assert len(said) == 2
+    assert all(line.endswith("), bit for bit the same as without") for line in said)
+    assert {line.partition("(")[2].partition(")")[0] for line in said} < pids
+    left = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("pid-"))
+    assert [name for name in left if name not in ("runs", "script.py")] == []
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_script_that_cannot_be_resumed_fails_with_what_it_has_printed(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "assert not is_fresh, 'it needs what only the first process has'")
+    assert done.returncode == 1
+    assert "EngineStateError: The run could not be resumed in a fresh process, which ended with code 1" in done.stderr
+    assert "it needs what only the first process has" in done.stderr
+
+
+def test_a_resume_that_is_not_exact_in_a_fresh_process_is_told(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "is_fresh and torch.rand(1)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("A run that is resumed differs from one that goes on, in:") == 0
+    done = run_script(
+        tmp_path, "is_fresh and engine.parts['model'][0].register_forward_pre_hook(lambda m, i: i[0] * 2)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("A run that is resumed differs from one that goes on, in:") == 2
+    assert "part model" in done.stdout
+
+
+DIGITS = """
+import resource, sys, time
+from pathlib import Path
+sys.path.insert(0, __EXAMPLES__)
+import digits
+import torch
+from camshaft.callbacks import Export, Report, RunCheckpoint, TensorBoard
+from camshaft.engine import BatchReady, Engine, EpochEnd, FitEnd, ValidationEnd
+
+def used():
+    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return sum(one.ru_utime + one.ru_stime for one in map(resource.getrusage, kinds))
+
+class Wrong(Exception):
+    pass
+
+def last(engine):
+    if engine.epoch == 20:
+        raise Wrong
+
+def plant(engine):
+    what, handlers = sys.argv[1], {type(one).__name__: one for one in engine.listeners.callbacks}
+    if what == "validation":
+        engine.subscribe(ValidationEnd, lambda event: last(engine))
+    elif what == "saving":
+        engine.attach(RunCheckpoint("run"))
+        handlers["EarlyStopping"].state_dict = lambda: {"a": object()}
+    elif what == "export":
+        engine.attach(Export("model.pt2"))
+        layer = engine.parts["model"][-1]
+        forward = layer.forward
+        layer.forward = lambda inputs: forward(inputs) if inputs.sum() > 0 else -forward(inputs)
+    elif what == "data":
+        engine.subscribe(BatchReady, lambda event: last(engine))
+    elif what == "FitEnd":
+        engine.subscribe(FitEnd, lambda event: 1 / 0)
+    elif what != "nothing":
+        engine.subscribe(EpochEnd, lambda event: last(engine))
+
+rehearse = Engine.rehearse
+
+def rehearse_alone(engine, *arguments, **settings):
+    plant(engine)
+    before = used()
+    try:
+        print(rehearse(engine, *arguments, **settings))
+    finally:
+        print(f"SECONDS {used() - before}")
+    sys.exit()
+
+Engine.rehearse = rehearse_alone
+digits.main(digits.get_args_parser().parse_args(["--rehearse", "--no-bar", "--output", "runs"]))
+"""
+
+
+@pytest.mark.parametrize("planted", ["nothing", "validation", "saving", "export", "data", "FitEnd", "EpochEnd"])
+def test_the_digits_recipe_is_rehearsed_and_its_faults_are_found_in_less_than_30_seconds(
+    planted: str, tmp_path: Path
+) -> None:
+    """Seconds of the processor, in both processes: the machine may have other things to do."""
+    examples = str(Path(__file__).parent.parent / "examples")
+    (tmp_path / "digits_alone.py").write_text(DIGITS.replace("__EXAMPLES__", repr(examples)))
+    done = subprocess.run(
+        [sys.executable, "digits_alone.py", planted],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    seconds = float(done.stdout.partition("SECONDS ")[2].split()[0])
+    assert seconds < 30
+    if planted == "nothing":
+        assert done.returncode == 0, done.stderr
+        assert "in a fresh process" in done.stdout
+        assert "EarlyStopping: val_acc has not improved for 5 checks" in done.stdout
+        assert "bit for bit" in " ".join(done.stdout.split())
+    else:
+        assert done.returncode == 1
+        assert "Found by a rehearsal (from the first epoch to the last), in epoch 20" in done.stderr or (
+            planted == "saving" and "Found by a rehearsal" in done.stderr
+        )
 
 
 # The run after it -------------------------------------------------------------------------------------------
