@@ -25,7 +25,7 @@ from .errors import ConfigurationError
 from .events import FitStart
 from .plan import Plan
 from .put_back import put_back
-from .rehearsed import Rehearsal, listing
+from .rehearsed import WHAT, Rehearsal, listing
 from .route import NUM_STEPS
 from .tour import from_first_to_last, without_gain
 from .trial import asked_trial, lead_files
@@ -43,7 +43,7 @@ def rehearse(engine: Engine, train: Data, val: DataSets | None, plan: Plan) -> R
     """Try a whole run, put everything back, and say what was found; see `Engine.rehearse`."""
     number, trial = next(_calls), asked_trial()
     if trial is not None and (trial.kind != KIND or trial.settings["number"] != number):
-        return Rehearsal(tried={"nothing": "this run is only tried itself"})
+        return Rehearsal(tried=dict.fromkeys(WHAT, "nothing, because this run is only tried itself"))
     _refuse_what_cannot_be_put_back(engine, train, val)
     settings = {name: value for name, value in asdict(plan).items() if name != "limit"}
     fit = partial(engine.fit, train, val, **settings)

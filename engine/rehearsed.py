@@ -27,6 +27,9 @@ except ImportError:
 resource: Any = _resource
 
 
+WHAT = ("epochs", "handlers", "stopped", "resumed")
+
+
 @dataclass(slots=True)
 class Rehearsal:
     """What `Engine.rehearse` has tried, and what the whole run will need; ``str`` is a table of it.
@@ -114,9 +117,11 @@ class Measure:
         times = self._validation_steps or self._first_validation_steps
         return statistics.median(times) if times else 0.0
 
-    def seconds(self, steps: int | None, epochs: int, validations: float) -> float | None:
+    def seconds(self, steps: int | None, epochs: int, validations: float | None) -> float | None:
         """Return how long so many steps, ends of epochs and whole validations take; None where that is unknown."""
-        if steps is None or not self._steps or (validations and self._num_validation_batches is None):
+        if steps is None or validations is None or not self._steps:
+            return None
+        if validations and self._num_validation_batches is None:
             return None
         rest = statistics.median(self._rest[1:] or self._rest or [0.0])  # the first one has the start of everything
         of_validation = (self._num_validation_batches or 0) * self._validation_step()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .dispatch import Subscription, describe
-from .when import NEVER, Clock, When
+from .dispatch import describe
+from .when import NEVER, Clock, Predicate, When, after, at, every, until
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NUM_STEPS = 2  # at each place, and batches of each validation set
 _NUM_FIRST_STEPS = 4  # at the first place, where the times of steps are taken
 _MOST_LOOKS = 10_000  # at the counts of a filter
+_OF_COUNTS = (every, at, after, until, Predicate)  # another filter may look at something else than the count
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -80,11 +81,12 @@ class Route:
         return None if self.num_steps is None else self._first["step"] + self.num_steps
 
     @property
-    def num_validations(self) -> int:
-        """The validations of the whole run; 0 where their number is unknown."""
-        if not self._run.has_validation or self.num_steps is None:
+    def num_validations(self) -> int | None:
+        """The validations of the whole run; None where their number is unknown."""
+        if not self._run.has_validation:
             return 0
-        return self._last("num_validations") - self._first["num_validations"]
+        last = self._last("num_validations")
+        return None if last == NEVER else last - self._first["num_validations"]
 
     def num_validations_before(self, place: Place) -> int:
         """Return the engine's counter as it is before the validations of a place."""
@@ -124,8 +126,10 @@ class Route:
             if isinstance(subscription.when, Clock):
                 subscription.when.run_out()  # it is due at its next event
                 self.tried.append(name)
-            elif counter in self._first:
-                count = _first_due(subscription, self._first[counter], self._last(counter))
+            elif counter == "validation_step" and not any(map(subscription.when, range(1, NUM_STEPS + 1))):
+                self.warnings.append(f"{name} is not tried: only {NUM_STEPS} batches of each validation set are read.")
+            elif counter in self._first and isinstance(subscription.when, _OF_COUNTS):
+                count = _first_due(subscription.when, self._first[counter], self._last(counter))
                 place = None if count is None else self._at(counter, count)
                 places.append(place)
                 if place is None:
@@ -138,11 +142,13 @@ class Route:
         """Return the last count of a counter in this run; `NEVER` where that is unknown."""
         if counter == "epoch":
             return self.last_epoch
-        if self.last_step is None:
+        in_steps = self._run.plan.validation_interval()[1] == "steps"
+        if self.last_step is None and (counter != "num_validations" or in_steps or self.num_epochs is None):
             return NEVER
-        end = Place(self.last_epoch + 1, self.last_step, self.last_step, self.last_step)
+        step = self.last_step or 0
+        end = Place(self.last_epoch + 1, step, step, step)
         last = {"num_updates": self.num_updates_before(end), "num_validations": self.num_validations_before(end)}
-        return last.get(counter, self.last_step)
+        return last.get(counter, step)
 
     def _at(self, counter: str, count: int) -> Place | None:
         """Return the place at which a counter has this count."""
@@ -158,9 +164,8 @@ class Route:
         return self._place(step=count)
 
 
-def _first_due(subscription: Subscription[Any], count: int, last: int) -> int | None:
+def _first_due(when: When, count: int, last: int) -> int | None:
     """Return the first count after ``count`` at which a filter lets its handler run; None if there is none."""
-    when: When = subscription.when
     for _ in range(_MOST_LOOKS):
         count = when.next_due(count)
         if count > last:

@@ -41,13 +41,15 @@ def from_first_to_last(
         rehearsal.peak_memory = tour.measure.peak_memory()
         free = shutil.disk_usage(files).free
     route, whole = tour.route, tour.route.num_epochs or 1
-    rehearsal.seconds = tour.measure.seconds(route.num_steps, whole, route.num_validations)
-    rehearsal.seconds_per_epoch = tour.measure.seconds(route.epoch_length, 1, route.num_validations / whole)
+    number = route.num_validations
+    rehearsal.seconds = tour.measure.seconds(route.num_steps, whole, number)
+    each = None if number is None else number / whole
+    rehearsal.seconds_per_epoch = tour.measure.seconds(route.epoch_length, 1, each)
     epochs = ", ".join(map(str, dict.fromkeys(tour.epochs)))
     of = "an unknown number" if route.num_epochs is None else str(route.last_epoch)
     rehearsal.tried["epochs"] = f"{epochs} of {of}, a few steps of each; {tour.num_validations} validations"
     rehearsal.tried["handlers"] = "; ".join([", ".join(names) or "none", *route.tried])
-    if val is not None and not route.num_validations:
+    if val is not None and number == 0:
         rehearsal.warnings.append("No validation is due in this run. Look at validate_every.")
     rehearsal.warnings += route.warnings
     if (needed := sum(rehearsal.bytes_on_disk.values())) > free:
@@ -78,6 +80,8 @@ class _Tour:
 
     def _begin(self, event: FitStart) -> None:
         engine = self._engine
+        if self.epochs:  # the run goes on from an earlier state of it
+            return
         self.route, self.measure = Route(engine), Measure(engine, self._val)
         engine.subscribe(EpochStart, self._enter)
         engine.subscribe(StepEnd, self._leave)

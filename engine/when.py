@@ -188,15 +188,17 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class _Predicate:
+class Predicate:
     """A user's own function as a filter: asked at every count."""
 
     function: object
 
     def __call__(self, count: int) -> bool:
+        """Return what the function says."""
         return bool(self.function(count))  # type: ignore[operator]  # checked callable by as_when
 
     def next_due(self, count: int) -> int:
+        """Return the next count."""
         return count + 1
 
     def __repr__(self) -> str:
@@ -220,7 +222,7 @@ def as_when(when: object) -> When:
     if isinstance(when, When):
         return when
     if callable(when) and can_take(when, 1):
-        return _Predicate(when)
+        return Predicate(when)
     raise ConfigurationError(
         f"when={when!r} is not a filter. Write every({when!r}), at({when!r}) or a function of the count."
         if isinstance(when, int)

@@ -50,6 +50,7 @@ from camshaft.engine import (
     StepEnd,
     Trainer,
     ValidationEnd,
+    ValidationStepEnd,
     after,
     at,
     every,
@@ -250,7 +251,7 @@ def test_every_kind_of_data_works(train: Any, val: Any, seed: int | None) -> Non
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), seed=seed)
     rehearsal = trainer.rehearse(train, val, epochs=5)
     assert "5 of 5" in rehearsal.tried["epochs"]
-    assert [one for one in rehearsal.warnings if "differs" in one] == []
+    assert rehearsal.warnings == []
 
 
 def test_endless_data_are_tried_up_to_the_last_step() -> None:
@@ -295,6 +296,15 @@ def test_a_handler_that_is_never_due_is_told() -> None:
     ]
     assert len(rehearsal.warnings) == 3
     assert rehearsal.warnings[0].startswith("No validation is due in this run.")
+
+
+def test_a_handler_deep_in_a_validation_is_told_not_to_be_tried() -> None:
+    engine = toy_engine()
+    engine.subscribe(ValidationStepEnd, lambda event: None, when=every(100))
+    engine.subscribe(ValidationStepEnd, lambda event: None, when=at(2))
+    (warning,) = engine.rehearse(TRAIN, VAL * 100, epochs=3).warnings
+    assert "every(n=100)" in warning
+    assert warning.endswith("is not tried: only 2 batches of each validation set are read.")
 
 
 def test_what_waits_for_hours_is_due_at_once(tmp_path: Path) -> None:
@@ -504,8 +514,8 @@ def test_a_resume_that_is_not_exact_in_a_fresh_process_is_told(tmp_path: Path) -
         tmp_path, "is_fresh and engine.parts['model'][0].register_forward_pre_hook(lambda m, i: i[0] * 2)"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("A run that is resumed differs from one that goes on, in:") == 2
-    assert "part model" in done.stdout
+    assert done.stdout.count("- A run that is resumed differs from one that goes on, in:") == 2
+    assert "part model" in " ".join(done.stdout.split())
 
 
 DIGITS = """
@@ -601,6 +611,9 @@ class Noisy(torch.utils.data.Dataset[Any]):
         return 42
 
 
+KINDS = ["seed", "no seed", "workers", "persistent workers", "files", "bf16", "a step of one's own"]
+
+
 def build(kind: str, directory: Path) -> tuple[Engine, Any]:
     torch.manual_seed(0)
     random.seed(0)
@@ -619,7 +632,7 @@ def build(kind: str, directory: Path) -> tuple[Engine, Any]:
         callbacks += [Export("model.pt2"), StopAfter(hours=1)]
     if kind == "bf16":
         callbacks.append(MixedPrecision("bf16"))
-    seed = None if kind == "no seed" else 3
+    seed = None if kind in ("no seed", "persistent workers") else 3
     if kind == "a step of one's own":
 
         def step(engine: Engine, batch: Any) -> Any:
@@ -633,7 +646,7 @@ def build(kind: str, directory: Path) -> tuple[Engine, Any]:
     return Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks, seed=seed), train
 
 
-@pytest.mark.parametrize("kind", ["seed", "no seed", "workers", "files", "bf16", "a step of one's own"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_after_a_rehearsal_is_the_run_without_one(kind: str, tmp_path: Path) -> None:
     val = DataLoader(Noisy(), batch_size=8)
     alone, train = build(kind, tmp_path / "alone")
@@ -641,7 +654,7 @@ def test_a_run_after_a_rehearsal_is_the_run_without_one(kind: str, tmp_path: Pat
     rehearsed, train = build(kind, tmp_path / "rehearsed")
     before = files(tmp_path / "rehearsed")
     rehearsal = rehearsed.rehearse(train, val, epochs=3)
-    assert rehearsal.warnings == []
+    assert rehearsal.warnings == [] or kind == "persistent workers"  # whose random numbers nobody knows
     assert files(tmp_path / "rehearsed") == before
     assert list((tmp_path / "rehearsed").rglob(".rehearsal*")) == []
     rehearsed.fit(train, val, epochs=3)
