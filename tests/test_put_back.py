@@ -255,6 +255,9 @@ def test_of_a_data_set_its_counters_and_generators_and_not_its_samples() -> None
     assert torch.equal(data[0], once)
     owners = [content.owner for content in _contents([data])]
     assert not any(one is data.values or one is data.names or one is data.names[0] for one in owners)
+    samples = [(torch.zeros(1), 0)]
+    owners = [content.owner for content in _contents([DataLoader(samples)])]  # type: ignore[arg-type]  # a list serves
+    assert not any(one is samples[0][0] for one in owners)
 
 
 def test_it_is_put_back_after_an_error_also_of_the_keyboard() -> None:
