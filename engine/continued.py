@@ -27,6 +27,7 @@ from .trial import VARIABLE, Trial, lead_files, script_command
 if TYPE_CHECKING:
     from .engine import Engine
 
+KIND = "rehearsal"  # of a trial
 ENOUGH = signal.SIGABRT  # interrupts a run of a rehearsal: a signal by which nobody else asks a run to end
 _CUT_AT, _UNTIL = 3, 5  # the steps at which a run is interrupted, and up to which it is then resumed
 _INTERRUPTED = "a run that is interrupted"
@@ -36,9 +37,7 @@ Life = Callable[..., AbstractContextManager[Path]]
 Digests = dict[str, str]
 
 
-def cut_and_resumed(
-    engine: Engine, fit: Callable[..., object], life: Life, rehearsal: Rehearsal, call: dict[str, Any]
-) -> None:
+def cut_and_resumed(engine: Engine, fit: Callable[..., object], life: Life, rehearsal: Rehearsal, number: int) -> None:
     """Compare a run that is interrupted and resumed with one that goes on.
 
     Args:
@@ -46,7 +45,7 @@ def cut_and_resumed(
         fit: makes it.
         life: puts everything back after a run.
         rehearsal: what is added to.
-        call: what a fresh process has to know of the call of `rehearse`.
+        number: which call of `rehearse` this is; a fresh process has to find the same.
     """
     with life("a run that goes on"):
         went_on = _Watch(engine)
@@ -58,7 +57,8 @@ def cut_and_resumed(
         fit()
         kept = [one.checkpoints for one in engine.listeners.callbacks if one.checkpoints is not None]
         checkpoint = next(file.path for directory in (*kept, own) for file in directory.files())
-    resumed, where = _resumed(engine, fit, life, Trial(call["kind"], files, {**call, "checkpoint": str(checkpoint)}))
+    trial = Trial(KIND, files, {"number": number, "checkpoint": str(checkpoint)})
+    resumed, where = _resumed(engine, fit, life, trial)
     if resumed is None or went_on.at_end is None:
         rehearsal.tried["resumed"] = f"{where}; the run is too short to be compared"
         return

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .continued import ENOUGH, cut_and_resumed, resume_here
+from .continued import ENOUGH, KIND, cut_and_resumed, resume_here
 from .data import Data, DataSets, as_sets
 from .errors import ConfigurationError
 from .events import FitStart
@@ -33,7 +33,6 @@ from .trial import asked_trial, lead_files
 if TYPE_CHECKING:
     from .engine import Engine
 
-KIND = "rehearsal"
 _calls = itertools.count(1)  # of `rehearse` in this process: a fresh process has to find the same one
 
 logger = logging.getLogger("camshaft")
@@ -59,7 +58,7 @@ def rehearse(engine: Engine, train: Data, val: DataSets | None, plan: Plan) -> R
         with _warnings_into(rehearsal.warnings, scratch):
             from_first_to_last(engine, fit, life, val, rehearsal)
             without_gain(engine, fit, life, rehearsal)
-            cut_and_resumed(engine, fit, life, rehearsal, {"kind": KIND, "number": number})
+            cut_and_resumed(engine, fit, life, rehearsal, number)
     if changed := sorted({str(path) for path, _ in before.items() ^ listing(directories).items()}):
         rehearsal.warnings.append(f"The rehearsal has changed files of the run: {', '.join(changed[:5])}.")
     print(rehearsal, flush=True)

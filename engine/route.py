@@ -104,6 +104,8 @@ class Route:
         if step is not None and epoch is None:
             epoch = first_epoch + (1 if length is None else math.ceil((step - first_step) / length))
         assert epoch is not None
+        if epoch == self.last_epoch and step is None:
+            step = self.last_step
         if epoch > self.last_epoch or (step is not None and step > (self.last_step or NEVER)):
             return None
         before = first_step if length is None else first_step + (epoch - first_epoch - 1) * length
