@@ -514,7 +514,7 @@ def test_a_resume_that_is_not_exact_in_a_fresh_process_is_told(tmp_path: Path) -
         tmp_path, "is_fresh and engine.parts['model'][0].register_forward_pre_hook(lambda m, i: i[0] * 2)"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("- A run that is resumed differs from one that goes on, in:") == 2
+    assert done.stdout.count("A run that is resumed differs from one that goes on, in:") == 2
     assert "part model" in " ".join(done.stdout.split())
 
 
