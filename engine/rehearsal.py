@@ -114,8 +114,8 @@ def _life(engine: Engine, data: tuple[Any, ...], scratch: Path, name: str, *, wi
             error.add_note(f"Found by a rehearsal ({name}), in epoch {engine.epoch}. Everything was put back.")
             raise
         interrupted = engine.history.interrupted
-    if interrupted not in (None, ENOUGH):  # a signal that was sent to the rehearsal
-        signal.raise_signal(interrupted)
+    if interrupted is not None and interrupted != ENOUGH:  # a signal that was sent to the rehearsal
+        raise KeyboardInterrupt if interrupted == signal.SIGINT else SystemExit(128 + interrupted)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Rehearsal:
         tried: what was tried, in words, under ``"epochs"``, ``"handlers"``, ``"stopped"`` and ``"resumed"``.
         seconds_per_epoch: of a whole epoch with its validation; None where the number of batches is unknown.
         seconds: of the whole run, if nothing stops it; None where unknown.
+        bytes_per_checkpoint: of the run's checkpoints, the largest; 0 without a handler that keeps any.
         bytes_on_disk: what each handler has kept on the disk at the end of the run, by its name.
         peak_memory: bytes; of the GPU if the run is on one, else of the process.
         warnings: what is to be looked at. What cannot work is raised as an error instead.
@@ -46,16 +47,18 @@ class Rehearsal:
     tried: dict[str, str] = field(default_factory=dict)
     seconds_per_epoch: float | None = None
     seconds: float | None = None
+    bytes_per_checkpoint: int = 0
     bytes_on_disk: dict[str, int] = field(default_factory=dict)
     peak_memory: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kept = ", ".join(f"{name} {_size(number)}" for name, number in self.bytes_on_disk.items() if number)
+        each = self.bytes_per_checkpoint
         needed = {
             "time per epoch": _duration(self.seconds_per_epoch),
             "whole run": _duration(self.seconds),
-            "kept on disk": kept or "nothing",
+            "kept on disk": (kept or "nothing") + (f"; each checkpoint {_size(each)}" if each else ""),
             "peak memory": _size(self.peak_memory) if self.peak_memory else "not known here",
         }
         width = max(map(len, (*self.tried, *needed)))

@@ -38,6 +38,9 @@ def from_first_to_last(
         fit()
         names = named_callbacks(engine.listeners.callbacks)
         rehearsal.bytes_on_disk = {name: sum(size for size, _ in listing([files / name]).values()) for name in names}
+        checkpoints = [one.checkpoints for one in engine.listeners.callbacks if one.checkpoints is not None]
+        sizes = [file.path.stat().st_size for directory in checkpoints for file in directory.files()]
+        rehearsal.bytes_per_checkpoint = max(sizes, default=0)
         rehearsal.peak_memory = tour.measure.peak_memory()
         free = shutil.disk_usage(files).free
     route, whole = tour.route, tour.route.num_epochs or 1

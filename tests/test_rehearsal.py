@@ -439,12 +439,17 @@ def test_what_handlers_warn_of_is_in_the_report(tmp_path: Path) -> None:
 # A signal ---------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_ends_a_rehearsal_and_everything_is_put_back() -> None:
-    engine = toy_engine()
-    engine.subscribe(StepEnd, lambda event: signal.raise_signal(signal.SIGINT), when=at(3))
+@pytest.mark.parametrize(("name", "raised"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_a_signal_ends_a_rehearsal_and_everything_is_put_back(
+    name: str, raised: type[BaseException], tmp_path: Path
+) -> None:
+    engine = toy_engine(RunCheckpoint(tmp_path / "run"))
+    engine.subscribe(StepEnd, lambda event: signal.raise_signal(signal.Signals[name]), when=at(3))
     before = state_of(engine)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised) as caught:
         engine.rehearse(TRAIN, VAL, epochs=20)
+    assert name == "SIGINT" or caught.value.args == (143,)
+    assert list(tmp_path.iterdir()) == []
     after_it = state_of(engine)
     assert {key for key in before if not equal(before[key], after_it[key])} == set()
 
@@ -680,6 +685,7 @@ def test_it_says_what_the_whole_run_will_need(tmp_path: Path, capsys: pytest.Cap
     engine.fit(TRAIN, VAL, epochs=2)
     kept = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
     assert rehearsal.bytes_on_disk["RunCheckpoint"] == pytest.approx(kept, rel=0.2)
+    assert rehearsal.bytes_per_checkpoint == pytest.approx(kept / 2, rel=0.2)
     assert rehearsal.peak_memory > 1_000_000
     printed = capsys.readouterr().out
     assert str(rehearsal) in printed
