@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from camshaft.engine import Callback, ConfigurationError, Engine, FitEnd, FitStart, import_optional
@@ -40,18 +41,24 @@ class Prune(Callback):
         is_minimised = study is None or study.direction.name == "MINIMIZE"
         self.trial = trial
         self.monitor = Monitor("Prune", monitor, "min" if is_minimised else "max")
-        self._pruned = False
+        self._pruned = self._is_tried = False
 
     def attach(self, engine: Engine) -> None:
         """Watch the value."""
         super().attach(engine)
         self.monitor.attach(engine, self._report)
 
+    def write_into(self, directory: Path) -> None:
+        """Report nothing: a study may be in a database."""
+        self._is_tried = True
+
     def on_fit_start(self, event: FitStart) -> None:
         """Forget what an earlier run has decided."""
         self._pruned = False
 
     def _report(self, engine: Engine, value: float) -> None:
+        if self._is_tried:
+            return
         self.trial.report(value, engine.num_validations or engine.epoch)
         if self.trial.should_prune():
             self._pruned = engine.stop(f"Prune: {self.monitor.name} is {value:.6g}")

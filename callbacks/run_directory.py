@@ -136,8 +136,8 @@ class RunDirectory(Callback):
             self.path.rmdir()
 
     def write_into(self, directory: Path) -> None:
-        """Be that directory, also for a run that is resumed."""
-        self.run_directory, self._is_tried = directory, True
+        """Be that directory, also for a run that is resumed; the log goes into its file alone."""
+        self.run_directory, self._is_tried, self.terminal = directory, True, False
         self._describe()
 
     def on_fit_start(self, event: FitStart) -> None:

@@ -26,6 +26,7 @@ from camshaft.engine import (
     ValidationEnd,
     directory_for,
     has_shards,
+    preserve_rng,
     scalars,
     select_parameters,
     unwrap,
@@ -203,7 +204,8 @@ class TensorBoard(Callback):
 
     @contextmanager
     def _open(self, engine: Engine) -> Iterator[None]:
-        from tensorboardX.record_writer import RecordWriter  # its SummaryWriter hangs training when the disk is full
+        with preserve_rng():  # it imports comet_ml where that is installed, which draws random numbers
+            from tensorboardX.record_writer import RecordWriter  # its SummaryWriter hangs when the disk is full
 
         directory = directory_for("TensorBoard", self._wanted_directory, engine.directory, within="tensorboard")
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in the order of their names

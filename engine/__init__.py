@@ -69,6 +69,7 @@ from .metric import as_metrics
 from .optional import import_optional
 from .parameters import Selection, decay_groups, is_weight, layer_groups, parameters_of, select_parameters, weights_of
 from .ranks import Ranks, Share, launched_rank, launched_world
+from .rehearsed import Rehearsal
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
 from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart
@@ -86,6 +87,7 @@ __all__ = [
     "Trainer",
     "Callback",
     "History",
+    "Rehearsal",
     "AverageMeter",
     "FocalLoss",
     "SymmetricCrossEntropy",

@@ -48,6 +48,8 @@ from .meter import as_weight
 from .parts import Parts, check_parts
 from .plan import Plan
 from .ranks import Ranks, check_joined
+from .rehearsal import rehearse
+from .rehearsed import Rehearsal
 from .renamed import OF_ENGINE, refuse_old_names
 from .replay import begin_replay
 from .rng import generator_states, preserve_rng, seed_everything, set_generator_states
@@ -192,6 +194,30 @@ class Engine:
             loop.throw(error)  # the run ends inside, where RunFailed and FitEnd are announced; it raises the same
         return self.history
 
+    def rehearse(
+        self,
+        train: Data,
+        val: DataSets | None = None,
+        *,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        min_epochs: int = 0,
+        epoch_length: int | None = None,
+        validate_every: int | str | None = None,
+    ) -> Rehearsal:
+        """Try a whole run in seconds, before `fit` makes it: its first epoch, its last, and what happens in between.
+
+        The arguments are those of `fit`. A few batches of some epochs are read; validations, saving, handlers that run
+        now and then, the end of the run and a resume are tried, too. What fails there is raised here.
+        Afterwards everything is as it was: weights, random numbers, handlers and files. What was tried, and what the
+        whole run will need, is printed and returned.
+
+        Raises:
+            ConfigurationError: on several ranks, and for data that can be read only once.
+            EngineStateError: if the script, started again, cannot resume the run, or something cannot be put back.
+        """
+        return rehearse(self, train, val, Plan(epochs, max_steps, min_epochs, epoch_length, validate_every))
+
     def epochs(
         self,
         epochs: int | None = None,
@@ -264,7 +290,7 @@ class Engine:
         sets = as_sets("val", data)
         with self._evaluation("val", sets):
             self.emit(ValidationStart(self))
-            for batch in self._evaluation_batches("val", sets, run.plan.limit):
+            for batch in self._evaluation_batches("val", sets, run.validation_limit):
                 yield batch
                 if self.validation_step >= step_end.due:
                     event = ValidationStepEnd(self, batch, self.output, self.current.dataset)
@@ -273,7 +299,7 @@ class Engine:
                     run.cut_validation()
                     self.num_validations -= 1
                     return
-            metrics = self._values_of("val", sets)
+            metrics = run.changed(self._values_of("val", sets))
             run.end_validation(metrics)
             trained = {} if run.data_exhausted else prefixed("train", self.stages["train"].since_mark())
             self.history.add_validation(self.epoch, self.step, trained | scalars(metrics), sets)
@@ -638,7 +664,7 @@ class Engine:
         run.phase = Phase.ENDING
         self.update.check_heard()
         with preserve_rng():
-            metrics = prefixed("train", self.stages["train"].compute()) | run.last_validation
+            metrics = run.changed(prefixed("train", self.stages["train"].compute())) | run.last_validation
             self.history.add_epoch(self.epoch, self.step, scalars(metrics))
             self.emit(EpochEnd(self, metrics))
         run.phase = Phase.BETWEEN

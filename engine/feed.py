@@ -149,6 +149,14 @@ class Feed:
         elif not is_complete:
             raise DataError(_too_short(num_steps, self._epoch_length, f"epoch {epoch}"))
 
+    def jump(self, epoch: int, skips: int) -> None:
+        """Let the next epoch begin a pass; after ``skips`` batches of it, if these need not be read for that."""
+        self._pass = self._saved = None
+        if skips and (self._seeded is not None or has_positions(self.data) or _is_plain(self.data)):
+            loader = _loader_state(self.data)
+            rng = rng_state() | {"loader": loader}
+            self._saved = {"loader": loader, "pass": {"epoch": epoch, "consumed": skips, "rng": rng, "own": None}}
+
     def exactness(self) -> str:
         """Return how exactly a run over the present data can be resumed, in words."""
         data, is_seeded = self.data, self._seeded is not None

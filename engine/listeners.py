@@ -106,6 +106,11 @@ class Listeners:
         """Return whether the event has a handler: ask before building a costly event of your own."""
         return bool(self.channel(event).subscriptions)
 
+    def filtered(self) -> list[tuple[type[Event], Subscription[Any]]]:
+        """Return the subscriptions that do not run each time, with their events."""
+        pairs = [(event, one) for event, channel in self._channels.items() for one in channel.subscriptions]
+        return [(event, one) for event, one in pairs if not one.always]
+
     def rewind(self) -> None:
         """Ask every filter again, because the counters were set to other values."""
         for channel in self._channels.values():

@@ -9,6 +9,7 @@ import enum
 import logging
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -20,6 +21,7 @@ from .plan import Plan
 from .ranks import Ranks
 from .record import Record
 from .stages import CurrentStage
+from .values import scalars
 from .when import NEVER
 
 logger = logging.getLogger("camshaft")
@@ -79,6 +81,7 @@ class Run:
         save_is_due: whether somebody asked for a checkpoint, as of the last settling.
         next_validation: the next step with a validation in mid-epoch.
         goes_back_to: an earlier state of the run to go on from, and where it was kept; None if it does not go back.
+        validation_limit: how many batches of each validation set are read at most; None for all.
         validation_was_cut: whether a validation was interrupted, and must be made again.
         last_validation: the values of the newest validation of the present epoch.
         due: the loop need not settle anything before this step.
@@ -89,13 +92,13 @@ class Run:
     """
 
     __slots__ = (
-        "_agreement", "_ends_epoch_early", "_is_updating", "_num_passes", "_num_passes_to_skip", "_num_validated",
-        "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step", "_validation_was_asked",
-        "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch", "first_step", "goes_back_to",
-        "goes_on",
-        "interrupted", "is_over", "is_resuming", "last_epoch", "last_step", "last_validation", "may_skip_batch",
-        "next_validation", "num_skipped_batches", "phase", "plan", "ranks", "save_is_due", "skips_batch",
-        "step_before_epoch", "stop_reason", "training_stage", "validation_sets", "validation_was_cut",
+        "_agreement", "_change", "_ends_epoch_early", "_is_updating", "_num_passes", "_num_passes_to_skip",
+        "_num_validated", "_num_validations_to_skip", "_save_was_asked", "_skips_update", "_validates_in_step",
+        "_validation_was_asked", "due", "ended_step", "ends_epoch", "epoch_length", "feed", "first_epoch",
+        "first_step", "goes_back_to", "goes_on", "interrupted", "is_over", "is_resuming", "last_epoch", "last_step",
+        "last_validation", "may_skip_batch", "next_validation", "num_skipped_batches", "phase", "plan", "ranks",
+        "save_is_due", "skips_batch", "step_before_epoch", "stop_reason", "training_stage", "validation_limit",
+        "validation_sets", "validation_was_cut",
     )  # fmt: skip
 
     def __init__(
@@ -115,6 +118,8 @@ class Run:
         self.ranks = ranks
         self._agreement = Agreement[Decision](ranks) if ranks.several else None
         self.validation_sets = validation_sets
+        self.validation_limit = plan.limit
+        self._change: Callable[[str, float], float] | None = None
         self.is_resuming = is_resuming
         self.goes_on = goes_on
         self.first_epoch, self.first_step = epoch, step
@@ -210,6 +215,38 @@ class Run:
             )
         self.goes_back_to = state, source
         self.due, self.ends_epoch = 0, True
+
+    def limit_validation(self, num_batches: int) -> None:
+        """Read only so many batches of each validation set from now on: for a run that is only tried."""
+        self.validation_limit = num_batches
+
+    def change_values(self, change: Callable[[str, float], float]) -> None:
+        """Let handlers and the history get ``change(name, value)`` for each value: for a run that is only tried."""
+        self._change = change
+
+    def changed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return what a validation or an epoch came to, as handlers and the history get it."""
+        if self._change is None:
+            return values
+        numbers = {name: value for name, value in scalars(values).items() if math.isfinite(value)}
+        return values | {name: self._change(name, value) for name, value in numbers.items()}
+
+    def jump(self, step: int, *, epoch: int = 0, skips: int = 0) -> None:
+        """Go on as if ``step`` steps had been done, also after a stop: for a run that is only tried.
+
+        Called between epochs, or before the first batch of one. The engine's counters are set by the caller.
+
+        Args:
+            step: the engine's counter.
+            epoch: that of the engine, where ``skips`` is given.
+            skips: let the data of this epoch begin after so many batches, if these need not be read for that.
+        """
+        self.stop_reason = None
+        self.last_epoch, self.last_step = self._goal()
+        self.ended_step = step
+        self.ends_epoch = self._ends_epoch_early = False
+        self.next_validation = self.plan.next_validation(step)
+        self.feed.jump(epoch, skips)
 
     def _decide(self, decision: Decision) -> None:
         """Take a decision over at once, or on several ranks, when all of them meet."""

@@ -7,7 +7,9 @@ the user's script once more: the environment variable `VARIABLE` then says what 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,20 @@ def asked_trial() -> Trial | None:
         return None
     settings = json.loads(text)
     return Trial(settings.pop("kind"), Path(settings.pop("directory")), settings)
+
+
+def script_command() -> list[str] | str:
+    """Return the command that runs this process's script once more; or in words, why there is none."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if multiprocessing.parent_process() is not None:
+        return "this process was started by another one"
+    if not file:
+        return "there is no script: this is a notebook, an interactive session or a command line"
+    if "pytest" in (Path(file).stem, *Path(file).parts):
+        return "pytest runs it"
+    if not Path(file).exists():
+        return f"{file} does not exist, seen from this directory"
+    return [sys.executable, *sys.orig_argv[1:]]
 
 
 def lead_files(callbacks: Iterable[Callback], directory: Path) -> None:

@@ -152,7 +152,7 @@ class every_seconds:  # noqa: N801
             )
 
 
-class _Clock:
+class Clock:
     """The clock of one subscription with `every_seconds`.
 
     It is not read at every count, but about half-way to the time, judged by the pace so far; at most 64 counts later.
@@ -179,20 +179,26 @@ class _Clock:
         half_way = int(pace * (self._setting.seconds - (now - self._last_run)) / 2)
         return count + min(max(half_way, 1), 64)
 
+    def run_out(self) -> None:
+        """Let the time have come: for a run that is only tried."""
+        self._last_run -= self._setting.seconds
+
     def __repr__(self) -> str:
         return repr(self._setting)
 
 
 @dataclass(frozen=True, slots=True)
-class _Predicate:
+class Predicate:
     """A user's own function as a filter: asked at every count."""
 
     function: object
 
     def __call__(self, count: int) -> bool:
+        """Return what the function says."""
         return bool(self.function(count))  # type: ignore[operator]  # checked callable by as_when
 
     def next_due(self, count: int) -> int:
+        """Return the next count."""
         return count + 1
 
     def __repr__(self) -> str:
@@ -208,7 +214,7 @@ def as_when(when: object) -> When:
     if when is None:
         return Always()
     if isinstance(when, every_seconds):
-        return _Clock(when)
+        return Clock(when)
     if isinstance(when, type):
         raise ConfigurationError(
             f"when={when.__name__} is a class, not a filter. Write {when.__name__}(...) with its number."
@@ -216,7 +222,7 @@ def as_when(when: object) -> When:
     if isinstance(when, When):
         return when
     if callable(when) and can_take(when, 1):
-        return _Predicate(when)
+        return Predicate(when)
     raise ConfigurationError(
         f"when={when!r} is not a filter. Write every({when!r}), at({when!r}) or a function of the count."
         if isinstance(when, int)

@@ -45,6 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -140,6 +141,8 @@ def main(args: argparse.Namespace) -> Engine:
     trainer = Trainer(model, optimizer, loss_fn, callbacks=handlers)
     images, target = next(iter(train))
     draw_mixed(images, target, run.path / "samples.png")
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
 
     draw_least_sure(trainer, val, run.path / "least_sure.png")

@@ -42,6 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -137,6 +138,8 @@ def main(args: argparse.Namespace) -> Engine:
         print(f"hardest in the first validation: labels {event.labels.tolist()}, loss up to {event.losses.max():.2f}")
 
     print(trainer.explain())
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
     print(f"validation accuracy: {trainer.evaluate(val)['acc']:.4f}")
     print(f"run directory: {trainer.directory}")

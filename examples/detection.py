@@ -43,6 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -151,6 +152,8 @@ def main(args: argparse.Namespace) -> Engine:
         callbacks.ProgressBar(),
     ]
     engine = Engine(step, model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr), callbacks=handlers)
+    if args.rehearse:
+        engine.rehearse(train, val, epochs=args.epochs)
     history = engine.fit(train, val, epochs=args.epochs)
 
     samples = [val_set[index] for index in range(8)]

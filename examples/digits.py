@@ -48,6 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
     parser.add_argument("--output", default="runs", help="where run directories are made")
     parser.add_argument("--no-bar", action="store_true", help="show no progress bar")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -140,6 +141,8 @@ def main(args: argparse.Namespace) -> Engine:
     sample = next(iter(val))
     draw_samples(sample, run.path / "samples.png")
     print(summary(model, input_data=sample[0].to(trainer.parts.device), verbose=0))
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
 
     result = trainer.evaluate(val)

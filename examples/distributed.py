@@ -32,6 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="the same on every process, as it decides the order")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -123,6 +124,8 @@ def main(args: argparse.Namespace) -> Engine:
     )
     train = DataLoader(train_set, args.batch_size, shuffle=True)  # no DistributedSampler: the engine divides
     val = DataLoader(val_set, args.batch_size)
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
 
     result = trainer.evaluate(val)  # on every process, as all of them take part in it

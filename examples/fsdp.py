@@ -49,6 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -136,6 +137,8 @@ def main(args: argparse.Namespace) -> Engine:
         ],
         seed=args.seed,
     )
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs, resume="auto" if args.checkpoints else None)
 
     output = trainer.predict([next(iter(val))[0][:3]])  # on every rank: each has a part of the weights

@@ -38,6 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -128,6 +129,8 @@ def main(args: argparse.Namespace) -> Engine:
         with torch.no_grad():
             pictures[f"epoch {engine.epoch}"] = generator(val[0].to(engine.parts.device)).cpu()
 
+    if args.rehearse:
+        engine.rehearse(train, val, epochs=args.epochs)
     history = engine.fit(train, val, epochs=args.epochs)
 
     draw_samples(real_points[:2000], pictures, run.path / "samples.png")

@@ -54,6 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--resume", help="the checkpoints of a run that was cut")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -134,6 +135,8 @@ def main(args: argparse.Namespace) -> Engine:
         seed=args.seed,
     )
     resume = "auto" if args.resume else None
+    if args.rehearse:
+        trainer.rehearse(train, val, max_steps=args.max_steps, validate_every=args.validate_every)
     history = trainer.fit(train, val, max_steps=args.max_steps, validate_every=args.validate_every, resume=resume)
 
     with trainer.evaluating():

@@ -35,6 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -76,6 +77,8 @@ def train_with(loss_fn: nn.Module, run: RunDirectory, sets: Sets, args: argparse
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     trainer = Trainer(model, optimizer, loss_fn, metrics={"acc": accuracy}, callbacks=[run, Report(), ProgressBar()])
     train = DataLoader(train_set, args.batch_size, shuffle=True)
+    if args.rehearse:
+        trainer.rehearse(train, DataLoader(val_set, args.batch_size), epochs=args.epochs)
     trainer.fit(train, DataLoader(val_set, args.batch_size), epochs=args.epochs)
     return trainer
 

@@ -31,6 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -79,6 +80,8 @@ def main(args: argparse.Namespace) -> Engine:
         metrics={"acc": Accuracy(task="multiclass", num_classes=10)},
         callbacks=[run, BestCheckpoint("val_acc", restore=True), Report(), ProgressBar()],
     )
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
 
     draw_weights(model, run.path / "weights.png")

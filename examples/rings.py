@@ -35,6 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patience", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -100,6 +101,8 @@ def main(args: argparse.Namespace) -> Engine:
             ProgressBar(),
         ],
     )
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
 
     points, labels = val_set.tensors

@@ -45,6 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -145,6 +146,8 @@ def main(args: argparse.Namespace) -> Engine:
             ProgressBar(),
         ],
     )
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     history = trainer.fit(train, val, epochs=args.epochs)
 
     images, masks = (part[:8] for part in next(iter(val)))

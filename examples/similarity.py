@@ -42,6 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -149,6 +150,8 @@ def main(args: argparse.Namespace) -> Engine:
         ],
     )
     untrained = trainer.evaluate(val)["recall"]
+    if args.rehearse:
+        trainer.rehearse(train, val, epochs=args.epochs)
     trainer.fit(train, val, epochs=args.epochs)
 
     draw_embedding(trainer.predict(val), val_set.tensors[1], run.path / "embedding.png")

@@ -41,6 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="runs", help="where run directories are made")
+    parser.add_argument("--rehearse", action="store_true", help="try the whole run first, in seconds")
     return parser
 
 
@@ -134,6 +135,8 @@ def main(args: argparse.Namespace) -> Engine:
             ProgressBar(),
         ],
     )
+    if args.rehearse:
+        engine.rehearse(train, val, max_steps=args.max_steps, validate_every=args.validate_every)
     history = engine.fit(train, val, max_steps=args.max_steps, validate_every=args.validate_every)
 
     sample = write_text(model, vocabulary, length=600)

@@ -160,7 +160,7 @@ def test_the_code_in_the_readme_runs_and_is_short(
 
 
 PAGES_WITH_CODE = (
-    "update", "handlers", "ranks", "data", "testing", "reproducing", "rollback", "steering", "replay",
+    "update", "handlers", "ranks", "data", "testing", "reproducing", "rollback", "steering", "replay", "rehearsal",
 )  # fmt: skip
 
 

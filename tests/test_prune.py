@@ -79,3 +79,17 @@ def test_a_watched_run_that_is_not_pruned_has_the_weights_of_one_without() -> No
         trainer.fit(TRAIN, VAL, epochs=2)
     for ours, theirs in zip(watched.parts["model"].parameters(), plain.parts["model"].parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_rehearsal_tells_a_study_in_a_database_nothing(tmp_path: Path) -> None:
+    class Always(optuna.pruners.BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            return True
+
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}", pruner=Always())
+    trainer = make_trainer(Prune(study.ask(), "val_loss"))
+    trainer.rehearse(TRAIN, VAL, epochs=6)
+    assert study.trials[0].intermediate_values == {}
+    with pytest.raises(optuna.TrialPruned):
+        trainer.fit(TRAIN, VAL, epochs=6)
+    assert list(study.trials[0].intermediate_values) == [1]

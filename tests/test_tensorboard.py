@@ -349,3 +349,20 @@ def test_what_was_written_at_steps_that_a_resumed_run_repeats_is_there_once(step
     resumed.fit(TRAIN, epochs=2, resume="auto")
     assert [number for number, _ in read(tmp_path / "board")["own"]][-3:] == [4, 5, 6]
     assert len(read(tmp_path / "board")["own"]) in (5, 6)
+
+
+def test_the_first_import_of_its_package_draws_no_random_numbers(tmp_path: Path) -> None:
+    """The package imports comet_ml where that is installed, which draws some."""
+    run_python(
+        "import random, sys\n"
+        "from camshaft.callbacks import TensorBoard\n"
+        "from camshaft.engine import FitStart\n"
+        "from camshaft.testing import toy_data, toy_engine\n"
+        "engine, states = toy_engine(TensorBoard(sys.argv[1])), []\n"
+        "engine.subscribe(FitStart, lambda event: states.append(random.getstate()))\n"
+        "assert 'tensorboardX' not in sys.modules\n"
+        "before = random.getstate()\n"
+        "engine.fit(*toy_data(), epochs=1)\n"
+        "assert states == [before]\n",
+        tmp_path,
+    ).check_returncode()
