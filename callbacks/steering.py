@@ -18,6 +18,7 @@ from camshaft.engine import (
     FitStart,
     Phase,
     Settled,
+    asked_trial,
     describe,
     directory_for,
     every_seconds,
@@ -105,7 +106,7 @@ class Steering(Callback):
             raise ConfigurationError("Steering keeps its orders in a run directory. Attach RunDirectory(), too.")
         directory = directory_for("Steering", None, engine.directory)
         self._path = directory / RECORD
-        self._recorded[:] = _begin_record(self._path, self.repeat)
+        self._recorded[:] = _begin_record(self._path, self.repeat or _replayed())
         self._files = OrderFiles(directory / "steering")
         if not engine.run.goes_on:  # or orders of before still wait for this run
             self._files.sweep()
@@ -228,6 +229,13 @@ class _AtSteps:
 
     def __repr__(self) -> str:
         return "at recorded steps"
+
+
+def _replayed() -> Path | None:
+    """Return the run of which this process makes a step again, if that run was steered."""
+    trial = asked_trial()
+    run = Path(trial.settings["run"]) if trial is not None and trial.kind == "replay" else None
+    return run if run is not None and (run / RECORD).is_file() else None
 
 
 def _begin_record(path: Path, repeat: Path | None) -> list[Record]:

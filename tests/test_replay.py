@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -418,3 +419,46 @@ def test_a_timeline_says_where_the_checkpoints_are(tmp_path: Path) -> None:
 def test_both_sides_name_the_same_variable() -> None:
     """The command cannot import the engine, which needs torch."""
     assert VARIABLE == VARIABLE_OF_ENGINE
+
+
+STEERED = """
+import time
+
+import torch
+from torch import nn
+
+from camshaft.callbacks import Fingerprint, RunCheckpoint, RunDirectory, Steering
+from camshaft.engine import StepEnd, Trainer
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+run = RunDirectory("runs", terminal=False)
+callbacks = [run, Steering(1e-9), RunCheckpoint(run.path / "checkpoints", every_steps=500, keep=100), Fingerprint(1)]
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), callbacks=callbacks, seed=0)
+data = [(torch.randn(4, 6), torch.arange(4) % 3) for _ in range(100)]
+trainer.subscribe(StepEnd, lambda event: time.sleep(0.002))
+trainer.fit(data, epochs=1000)
+"""
+
+
+def test_a_step_after_an_order_of_a_second_process_is_the_step_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(STEERED)
+    process = subprocess.Popen([sys.executable, "train.py"], cwd=tmp_path)
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("runs/*/timeline.jsonl")) and time.monotonic() < until:
+            time.sleep(0.05)
+        (path,) = tmp_path.glob("runs/*")
+        for order in (["lr", "x0.5"], ["stop"]):
+            subprocess.run([COMMAND, "steer", path, *order], check=True, timeout=60)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    taken = json.loads((path / "steering.jsonl").read_text().splitlines()[0])["step"]
+    run, last = Run(path), json.loads((path / "steering.jsonl").read_text().splitlines()[1])["step"]
+    found = replay(run, min(taken + 2, last))
+    assert found.is_good, found.in_words()
+    assert "it is the step of the run" in found.in_words()
+    (path / "steering.jsonl").unlink()
+    assert not replay(run, min(taken + 2, last)).is_good  # it is the order that makes it so

@@ -100,7 +100,8 @@ def replay(
         command, directory = _kept_command(run)
     with tempfile.TemporaryDirectory(prefix="camshaft-replay-") as scratch:
         trial = {
-            "kind": "replay", "directory": scratch, "step": step, "checkpoints": _checkpoint_directories(run),
+            "kind": "replay", "directory": scratch, "run": str(run.path.resolve()), "step": step,
+            "checkpoints": _checkpoint_directories(run),
             "debug": debug, "anomaly": anomaly, "hook": None if hook is None else _checked_hook(hook),
         }  # fmt: skip
         exit_code = _run(command, directory, {**os.environ, VARIABLE: json.dumps(trial)})
