@@ -511,6 +511,7 @@ def test_a_script_that_cannot_be_resumed_fails_with_what_it_has_printed(tmp_path
     assert "it needs what only the first process has" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_not_exact_in_a_fresh_process_is_told(tmp_path: Path) -> None:
     done = run_script(tmp_path, "is_fresh and torch.rand(1)")
     assert done.returncode == 0, done.stderr
@@ -578,7 +579,10 @@ digits.main(digits.get_args_parser().parse_args(["--rehearse", "--no-bar", "--ou
 """
 
 
-@pytest.mark.parametrize("planted", ["nothing", "validation", "saving", "export", "data", "FitEnd", "EpochEnd"])
+PLANTED = ("nothing", "validation", "saving", "export", "data", "FitEnd")
+
+
+@pytest.mark.parametrize("planted", ["EpochEnd", *(pytest.param(one, marks=pytest.mark.slow) for one in PLANTED)])
 def test_the_digits_recipe_is_rehearsed_and_its_faults_are_found_in_less_than_30_seconds(
     planted: str, tmp_path: Path
 ) -> None:

@@ -190,8 +190,9 @@ def the_run(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("style", "options"),
     [
-        *((style, options) for style in ("trainer", "function", "script") for options in ("--seed 1 --workers 2", "")),
-        ("script", "--window 3"),
+        *((style, "--seed 1 --workers 2") for style in ("trainer", "function", "script")),
+        *(pytest.param(style, "", marks=pytest.mark.slow) for style in ("trainer", "function", "script")),
+        pytest.param("script", "--window 3", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_is_the_one_that_the_run_has_made(style: str, options: str, made: Callable[..., Path]) -> None:
@@ -228,7 +229,9 @@ def test_the_gradients_are_listed_with_the_largest_first(made: Callable[..., Pat
     assert [float(norm) for norm in norms] == sorted(map(float, norms), reverse=True)
 
 
-@pytest.mark.parametrize(("style", "policy"), [("trainer", "stop"), ("script", "raise")])
+@pytest.mark.parametrize(
+    ("style", "policy"), [("trainer", "stop"), pytest.param("script", "raise", marks=pytest.mark.slow)]
+)
 def test_the_command_that_is_logged_finds_where_a_loss_becomes_nan(
     style: str, policy: str, made: Callable[..., Path]
 ) -> None:
@@ -311,6 +314,7 @@ def test_the_debugger_may_be_left(made: Callable[..., Path]) -> None:
     assert "The debugger was left within the step." in said
 
 
+@pytest.mark.slow
 def test_a_step_without_code_of_the_users_has_nothing_for_a_debugger(made: Callable[..., Path]) -> None:
     said = replayed(made("--plain"), "last", "--step", "37", "--debug", typed="c\n")
     assert "(Pdb)" not in said
@@ -339,6 +343,7 @@ def test_an_error_in_a_loop_of_the_users_is_shown(options: str, made: Callable[.
     assert not (place / "tail.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_left_in_the_step_ends_the_script(made: Callable[..., Path]) -> None:
     place = made("--style script --break-at 33 --epochs 3")
     said = replayed(place, "last", "--step", "33")
@@ -346,11 +351,13 @@ def test_a_loop_that_is_left_in_the_step_ends_the_script(made: Callable[..., Pat
     assert (place / "tail.txt").read_text() == "the end"
 
 
+@pytest.mark.slow
 def test_a_step_that_was_left_out_is_told(made: Callable[..., Path]) -> None:
     said = replayed(made("--skip-at 33"), "last", "--step", "33", code=1)
     assert "Step 33 was left out by a handler: nothing was computed in it. Pass another step." in said
 
 
+@pytest.mark.slow
 def test_a_fit_that_the_checkpoint_does_not_fit_is_made_as_always(made: Callable[..., Path]) -> None:
     """And it has enough steps to be taken for the one that is meant."""
     said = replayed(made("--another-fit"), "last", "--step", "37")
