@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors  # one call for all, as DistributedDataParallel uses it
 
 from camshaft.engine import (
+    NEVER,
     ArrivingTensor,
     BatchReady,
     Callback,
@@ -34,15 +36,13 @@ from camshaft.engine import (
 )
 
 from .appending import append, cut
-from .log_updates import JustBefore
 from .rates import name_after
 
 logger = logging.getLogger("camshaft")
 
-Taken = tuple[str, Sequence[str], Tensor]  # "data", "loss", "gradients" or "weights"; which; and their digests, [N]
-
 _CHUNK = 2**22  # elements of a large tensor that are looked at together
 _SMALL = 2**12  # elements of a tensor that is looked at together with others
+_WRITTEN_TOGETHER = 16  # rows
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -70,8 +70,9 @@ class Fingerprint(Callback):
         self.every = whole_number("Fingerprint's every", every, least=1)
         self._wanted_directory = None if directory is None else Path(directory)
         self._path = Path()
-        self._taken: list[Taken] = []  # in the present step
+        self._row = _Row(0, 0)  # of the present step
         self._sent: deque[_Row] = deque()  # rows that have not arrived on the host
+        self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
         self._is_new_file: bool | None = None  # None: it has been begun
         self._has_failed = False
@@ -79,10 +80,9 @@ class Fingerprint(Callback):
     def attach(self, engine: Engine) -> None:
         """Look at the steps that have a row, and at no other."""
         super().attach(engine)
-        due = JustBefore(engine, self.every)
-        engine.subscribe(BatchReady, self._take_batch, when=due)
-        engine.subscribe(LossReady, self._take_loss, when=due)
-        engine.subscribe(GradientsReady, self._take_gradients, when=due)
+        engine.subscribe(BatchReady, self._take_batch, when=every(self.every))
+        engine.subscribe(LossReady, self._take_loss, when=every(self.every))
+        engine.subscribe(GradientsReady, self._take_gradients, when=_InRows(engine, self.every))
         engine.subscribe(StepEnd, self._send, when=every(self.every))
 
     def write_into(self, directory: Path) -> None:
@@ -92,7 +92,7 @@ class Fingerprint(Callback):
     def on_fit_start(self, event: FitStart) -> None:
         """Find out where to write."""
         engine = event.engine
-        parameters = dict(engine.parts.named_parameters())
+        parameters = self._parameters = dict(engine.parts.named_parameters())
         if has_shards(parameters.values()):
             raise ConfigurationError(
                 "Fingerprint cannot take digests of weights that ranks hold in parts. "
@@ -100,31 +100,26 @@ class Fingerprint(Callback):
             )
         self._path = directory_for("Fingerprint", self._wanted_directory, engine.directory) / "fingerprints.jsonl"
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._taken.clear()
         self._sent.clear()
         self._is_new_file = not engine.run.is_resuming and engine.step == 0  # a second fit goes on after the first
         self._has_failed = False
 
     def _take_batch(self, event: BatchReady) -> None:
+        """Begin a row."""
         engine = event.engine
-        if engine.training and engine.step % self.every == 0:
+        if engine.training:
             tensors: list[Tensor] = []
             tree_map(tensors.append, event.batch)
-            self._taken = []
-            self._take("data", [str(number) for number in range(len(tensors))], tensors)
+            self._row = _Row(engine.epoch, engine.step)
+            self._row.take("data", [str(number) for number in range(len(tensors))], tensors)
+            engine.listeners.channel(GradientsReady).rewind()  # lets its filter be asked in this step
 
     def _take_loss(self, event: LossReady) -> None:
-        if event.engine.step % self.every == 0:
-            self._take("loss", [self._loss_name(event)], [event.loss])
+        self._row.take("loss", [self._loss_name(event)], [event.loss.detach()])
 
     def _take_gradients(self, event: GradientsReady) -> None:
-        if event.engine.step % self.every == 0:
-            gradients = [(one, one.grad) for one in parameters_of(event.optimizer) if one.grad is not None]
-            self._take("gradients", [self._name(one) for one, _ in gradients], [gradient for _, gradient in gradients])
-
-    def _take(self, kind: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        if tensors:
-            self._taken.append((kind, names, digests(tensors)))
+        gradients = [(one, one.grad) for one in parameters_of(event.optimizer) if one.grad is not None]
+        self._row.take("gradients", [self._name(one) for one, _ in gradients], [gradient for _, gradient in gradients])
 
     def _loss_name(self, event: LossReady) -> str:
         """Return the name of the loss's optimizer where there are several."""
@@ -135,11 +130,10 @@ class Fingerprint(Callback):
 
     def _send(self, event: StepEnd) -> None:
         """Take the weights, and begin to bring the digests to the host; write those that have arrived."""
-        engine = event.engine
-        parameters = dict(engine.parts.named_parameters())
-        self._take("weights", list(parameters), list(parameters.values()))
-        self._sent.append(_Row(engine.epoch, engine.step, self._taken))
-        self._taken = []
+        with torch.no_grad():
+            self._row.take("weights", list(self._parameters), list(self._parameters.values()))
+            self._row.send()
+        self._sent.append(self._row)
         self._write(waits=False)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
@@ -159,16 +153,19 @@ class Fingerprint(Callback):
         """Nothing was kept."""
 
     def _write(self, *, waits: bool) -> None:
-        while self._sent and (waits or self._sent[0].digests.is_done()):
-            row = self._sent.popleft()
-            if self._has_failed:
-                continue
-            try:
-                self._begin_with(row.step)
-                append(self._path, f"{json.dumps(row.as_json())}\n".encode())
-            except OSError as error:
-                logger.warning("Fingerprint stops writing %s: %s. Training continues.", self._path, error.strerror)
-                self._has_failed = True
+        if not waits and len(self._sent) < _WRITTEN_TOGETHER:
+            return
+        rows: list[_Row] = []
+        while self._sent and (waits or self._sent[0].has_arrived()):
+            rows.append(self._sent.popleft())
+        if not rows or self._has_failed:
+            return
+        try:
+            self._begin_with(rows[0].step)
+            append(self._path, "".join(f"{json.dumps(row.as_json())}\n" for row in rows).encode())
+        except OSError as error:
+            logger.warning("Fingerprint stops writing %s: %s. Training continues.", self._path, error.strerror)
+            self._has_failed = True
 
     def _begin_with(self, step: int) -> None:
         """Begin a new file; or drop what a resumed run writes again, once."""
@@ -183,21 +180,83 @@ class Fingerprint(Callback):
         return f"Fingerprint(every={self.every})"
 
 
-class _Row:
-    """The digests of a step, on their way to the host."""
+class _InRows:
+    """A filter over updates: those of steps that have a row. It is asked anew when such a step begins."""
 
-    def __init__(self, epoch: int, step: int, taken: list[Taken]) -> None:
-        self.epoch, self.step = epoch, step
-        self._kinds = [(kind, name) for kind, names, _ in taken for name in names]
-        values = [value for _, _, value in taken]
+    def __init__(self, engine: Engine, every: int) -> None:
+        self._engine = engine
+        self._every = every
+
+    def __call__(self, count: int, /) -> bool:
+        return self._engine.step % self._every == 0
+
+    def next_due(self, count: int, /) -> int:
+        return NEVER
+
+    def __repr__(self) -> str:
+        return f"in every {self._every}. step"
+
+
+class _Row:
+    """The digests of a step: taken one after the other, computed together, and sent to the host."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        self.epoch = epoch
+        self.step = step
+        self._kinds: list[tuple[str, str]] = []  # "data", "loss", "gradients" or "weights"; and which
+        self._small: list[int] = []  # which of the tensors are small, with their lengths and bits
+        self._lengths: list[int] = []
+        self._bits: list[Tensor] = []
+        self._large: dict[int, Tensor] = {}  # digests of the others
+        self._digests: ArrivingTensor | None = None
+
+    def take(self, kind: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Keep what is in these tensors now."""
+        small: list[Tensor] = []
+        for place, tensor in enumerate(tensors, start=len(self._kinds)):
+            if tensor.numel() <= _SMALL and tensor.layout is torch.strided:
+                small.append(tensor)
+                self._small.append(place)
+                self._lengths.append(tensor.numel() * (1 + tensor.is_complex()))
+            else:
+                self._large[place] = digest(tensor)
+        self._kinds += [(kind, name) for name in names]
+        if small:
+            self._bits.append(_bits_of(small))
+
+    def digests(self) -> Tensor:
+        """Return the digests, [N], in few calls, however many small tensors there are."""
         # A batch may be on the host yet, if this handler comes before the one that places it.
-        device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
-        together = [value.to(device, non_blocking=True) for value in values]
-        self.digests = ArrivingTensor(torch.cat(together) if together else torch.zeros(0))
+        devices = [one.device for one in (*self._bits, *self._large.values())]
+        home = next((one for one in devices if one.type != "cpu"), torch.device("cpu"))
+        if self._bits:
+            together = (
+                self._bits if len(set(devices)) == 1 else [one.to(home, non_blocking=True) for one in self._bits]
+            )
+            lengths, factors, places = _layout(tuple(self._lengths), home)
+            sums = lengths.index_add(0, places, torch.cat(together) * factors)
+            if not self._large:
+                return sums
+        else:
+            sums = torch.zeros(0, dtype=torch.int64, device=home)
+        each = {place: one.to(home, non_blocking=True) for place, one in self._large.items()}
+        each |= zip(self._small, sums.unbind(), strict=True)
+        return torch.stack([each[place] for place in range(len(each))])
+
+    def send(self) -> None:
+        """Begin to bring the digests to the host."""
+        self._digests = ArrivingTensor(self.digests())
+        self._bits.clear()
+
+    def has_arrived(self) -> bool:
+        """Return whether that is done."""
+        return self._digests is not None and self._digests.is_done()
 
     def as_json(self) -> dict[str, Any]:
+        """Return the row as it is written."""
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.step}
-        for (kind, name), value in zip(self._kinds, self.digests.tolist(), strict=True):
+        values = [] if self._digests is None else self._digests.tolist()
+        for (kind, name), value in zip(self._kinds, values, strict=True):
             row.setdefault(kind, {})[name] = f"{value & 0xFFFFFFFFFFFFFFFF:016x}"
         return row
 
@@ -226,7 +285,6 @@ def digest(tensor: Tensor) -> Tensor:
     return torch.stack(digests).sum() + len(bits)
 
 
-@torch.no_grad()
 def digests(tensors: Sequence[Tensor]) -> Tensor:
     """Return the `digest` of each tensor, [N], in few calls, however many small ones there are.
 
@@ -234,31 +292,21 @@ def digests(tensors: Sequence[Tensor]) -> Tensor:
     >>> digests([one, other]).tolist() == [int(digest(one)), int(digest(other))]
     True
     """
-    found: dict[int, Tensor] = {}
-    for device in {one.device for one in tensors}:
-        small = [at for at, one in enumerate(tensors) if one.device == device and _is_small(one)]
-        if small:
-            together = _digests_of_small([tensors[at] for at in small])
-            if len(small) == len(tensors):
-                return together
-            found |= zip(small, together.unbind(), strict=True)
-    home = next((one.device for one in tensors if one.device.type != "cpu"), torch.device("cpu"))
-    each = [found[at] if at in found else digest(one) for at, one in enumerate(tensors)]
-    return torch.stack([one.to(home, non_blocking=True) for one in each])
+    row = _Row(0, 0)
+    with torch.no_grad():
+        row.take("", [""] * len(tensors), tensors)
+        return row.digests()
 
 
-def _is_small(tensor: Tensor) -> bool:
-    return tensor.numel() <= _SMALL and tensor.layout is torch.strided
-
-
-def _digests_of_small(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the digests of tensors on one device, whose elements are multiplied and added up together."""
-    if tensors[0].is_floating_point() and len({one.dtype for one in tensors}) == 1:
-        bits = _bits(torch.cat([one.reshape(-1) for one in tensors]))
-    else:
-        bits = torch.cat([_bits(one) for one in tensors])
-    lengths, factors, places = _layout(tuple(one.numel() * (1 + one.is_complex()) for one in tensors), bits.device)
-    return lengths.index_add(0, places, bits * factors)
+def _bits_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the bits of several tensors, one after the other, in memory of their own, [N]."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return _bits(first).clone()
+    if first.is_floating_point() and all(one.dtype == first.dtype and one.device == first.device for one in tensors):
+        return _bits(_flatten_dense_tensors(tensors))
+    home = next((one.device for one in tensors if one.device.type != "cpu"), first.device)
+    return torch.cat([_bits(one).to(home, non_blocking=True) for one in tensors])
 
 
 @lru_cache(maxsize=16)
@@ -272,10 +320,15 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 
 def _bits(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor as whole numbers, [N]."""
-    tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    tensor = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor
-    return tensor.contiguous().view(_BITS[tensor.element_size()]).reshape(-1)
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.reshape(-1)
+    if tensor.dtype is torch.bool:
+        return flat.view(torch.int8)
+    bits = _BITS[tensor.element_size()]
+    return flat if tensor.dtype is bits else flat.contiguous().view(bits)
 
 
 def _factors(length: int, device: torch.device) -> Tensor:
