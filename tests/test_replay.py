@@ -469,3 +469,36 @@ def test_a_step_after_an_order_of_a_second_process_is_the_step_of_the_run(tmp_pa
     assert "it is the step of the run" in found.in_words()
     (path / "steering.jsonl").unlink()
     assert not replay(run, min(taken + 2, last)).is_good  # it is the order that makes it so
+
+
+RANKS = """
+import torch
+from torch import nn
+
+from camshaft.callbacks import Distributed, Fingerprint, RunCheckpoint, RunDirectory
+from camshaft.engine import Trainer
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+checkpoint = RunCheckpoint("checkpoints", every_steps=10, keep=100)
+callbacks = [Distributed(), RunDirectory("runs", terminal=False), checkpoint, Fingerprint(1)]
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+trainer = Trainer(model, optimizer, nn.CrossEntropyLoss(), seed=0, callbacks=callbacks)
+trainer.fit([(torch.randn(4, 6), torch.arange(4) % 3) for _ in range(25)], epochs=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_is_made_again_by_the_command_that_launches_them(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    again = [str(COMMAND), "replay", "last", "--step", "37", "--", *command]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Step 37 was made again, from the checkpoint at step 30." in done.stdout
+    assert (
+        "The digests of the 7 steps that both have are the same, bit for bit: it is the step of the run."
+        in done.stdout
+    )
