@@ -62,6 +62,7 @@ def test_it_finds_the_largest_size_that_fits(limit: int, halve: bool, found: int
     assert all(fits == (size <= limit) for size, fits in finder.tried.items())
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_data_or_the_range_end() -> None:
     assert BatchSizeFinder().run(small_trainer(10**6), loader) == 64  # of 100 samples
     assert BatchSizeFinder(48).run(small_trainer(10**6), loader) == 32

@@ -139,6 +139,7 @@ sys.stdout.write("|".join(one.hex() for one in fitted(trainer, resume="auto", ep
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_each_time_on_another_machine(tmp_path: Path) -> None:
     """Each process has an empty directory of its own, and only the mirror in common."""
     expected = "|".join(one.hex() for one in fitted(trainer_of(tmp_path / "whole"), epochs=8))

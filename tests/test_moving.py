@@ -34,7 +34,15 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, id=page.stem, marks=() if page.stem in ("loop", "ignite", "lightning") else pytest.mark.slow
+        )
+        for page in PAGES
+    ],
+)
 def test_both_programs_of_the_page_end_with_the_same_numbers(page: Path, tmp_path: Path) -> None:
     package = NEEDS.get(page.stem, page.stem)
     if importlib.util.find_spec(package) is None:

@@ -504,6 +504,7 @@ def test_a_script_is_resumed_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> N
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_script_that_cannot_be_resumed_fails_with_what_it_has_printed(tmp_path: Path) -> None:
     done = run_script(tmp_path, "assert not is_fresh, 'it needs what only the first process has'")
     assert done.returncode == 1

@@ -190,7 +190,8 @@ def the_run(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("style", "options"),
     [
-        *((style, "--seed 1 --workers 2") for style in ("trainer", "function", "script")),
+        ("script", "--seed 1 --workers 2"),
+        *(pytest.param(style, "--seed 1 --workers 2", marks=pytest.mark.slow) for style in ("trainer", "function")),
         *(pytest.param(style, "", marks=pytest.mark.slow) for style in ("trainer", "function", "script")),
         pytest.param("script", "--window 3", marks=pytest.mark.slow),
     ],

@@ -296,7 +296,7 @@ torch.save(engine.parts["model"].state_dict(), directory + "/weights")
 """
 
 
-@pytest.mark.parametrize("kill_at", [12, 13, 14, 17])
+@pytest.mark.parametrize("kill_at", [14, *(pytest.param(step, marks=pytest.mark.slow) for step in (12, 13, 17))])
 def test_killed_and_resumed_in_between(kill_at: int, tmp_path: Path) -> None:
     tests = Path(__file__).parent
     assert run_python(KILLED, tests, kill_at, tmp_path).returncode == -signal.SIGKILL

@@ -284,6 +284,7 @@ trainer.fit(TRAIN, VAL, epochs={epochs}, resume="auto")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_whole_page_and_the_resumed_one_goes_on_in_it(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     settings = {"tests": str(Path(__file__).parent), "root": str(tmp_path / "runs"),
