@@ -230,9 +230,7 @@ class _Row:
         devices = [one.device for one in (*self._bits, *self._large.values())]
         home = next((one for one in devices if one.type != "cpu"), torch.device("cpu"))
         if self._bits:
-            together = (
-                self._bits if len(set(devices)) == 1 else [one.to(home, non_blocking=True) for one in self._bits]
-            )
+            together = [one.to(home, non_blocking=True) for one in self._bits]
             lengths, factors, places = _layout(tuple(self._lengths), home)
             sums = lengths.index_add(0, places, torch.cat(together) * factors)
             if not self._large:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from camshaft.engine import (
-    NEVER,
     ArrivingTensor,
     BatchReady,
     Callback,
@@ -38,6 +37,7 @@ from camshaft.engine import (
     whole_number,
 )
 
+from .at_steps import AtSteps
 from .log_updates import total_norm
 from .rates import scale_rates
 
@@ -133,7 +133,7 @@ class Rollback(Callback):
             raise ConfigurationError("Rollback works in one process only. Leave it out on several ranks.")
         super().attach(engine)
         self._engine = engine
-        engine.subscribe(BatchReady, self._leave_out, when=_At(self))
+        engine.subscribe(BatchReady, self._leave_out, when=AtSteps(lambda: self._left_out, "steps that are left out"))
         engine.listeners.around("epoch", self._ready)
 
     def on_fit_start(self, event: FitStart) -> None:
@@ -302,22 +302,6 @@ class Rollback(Callback):
     def __repr__(self) -> str:
         on = self.on if isinstance(self.on, str) else getattr(self.on, "__name__", "function")
         return f"Rollback({on!r}, every={self.every}, keep={self.keep})"
-
-
-class _At:
-    """A filter over steps: those that are left out."""
-
-    def __init__(self, rollback: Rollback) -> None:
-        self._rollback = rollback
-
-    def __call__(self, count: int, /) -> bool:
-        return count in self._rollback._left_out
-
-    def next_due(self, count: int, /) -> int:
-        return min((step for step in self._rollback._left_out if step > count), default=NEVER)
-
-    def __repr__(self) -> str:
-        return "at steps that are left out"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from camshaft.engine import (
 )
 
 from .appending import append, cut
+from .at_steps import AtSteps
 from .order_files import OrderFiles
 from .orders import STOPPED, effect_of, in_words, steered
 
@@ -59,9 +60,9 @@ class Steering(Callback):
             and settings, this run is then that run again, to the bit. May be set until the run begins.
 
     Raises:
-        ConfigurationError: for a time that is none, and a directory without ``steering.jsonl``; at attachment, on
-            several ranks; before the first step, without a `RunDirectory`, after a handler that may save the run,
-            where others could write in ``steering``, or if ``steering.jsonl`` cannot be read.
+        ConfigurationError: if ``every_seconds`` is not a number above 0, or ``repeat`` has no ``steering.jsonl``; when
+            attached on several ranks; before the first step, without a `RunDirectory`, after a handler that may save
+            the run, where others could write in ``steering``, or if ``steering.jsonl`` cannot be read.
     """
 
     unique = True
@@ -90,7 +91,7 @@ class Steering(Callback):
             )
         super().attach(engine)
         self._engine = engine
-        engine.subscribe(Settled, self._repeat, when=_AtSteps(self._recorded))
+        engine.subscribe(Settled, self._repeat, when=AtSteps(self._recorded_steps, "recorded steps"))
         engine.subscribe(Settled, self._look, when=every_seconds(self.every_seconds))
 
     def on_fit_start(self, event: FitStart) -> None:
@@ -125,6 +126,9 @@ class Steering(Callback):
         """Refuse the orders that still wait."""
         if self._files is not None and event.engine.run.goes_back_to is None:
             self._files.refuse_all("The run has just ended. Send it again if it goes on.")
+
+    def _recorded_steps(self) -> list[int]:
+        return [int(record["step"]) for record in self._recorded]
 
     def _repeat(self, event: Settled) -> None:
         """Take the recorded orders of this step."""
@@ -212,23 +216,6 @@ class Steering(Callback):
 
     def __repr__(self) -> str:
         return f"Steering({self.every_seconds:g})"
-
-
-class _AtSteps:
-    """A filter: the steps of the records in a list, which may change before a run begins."""
-
-    def __init__(self, records: list[Record]) -> None:
-        self._records = records
-
-    def __call__(self, count: int) -> bool:
-        return any(record["step"] == count for record in self._records)
-
-    def next_due(self, count: int) -> int:
-        later = [int(record["step"]) for record in self._records if record["step"] > count]
-        return min(later, default=count + 2**20)
-
-    def __repr__(self) -> str:
-        return "at recorded steps"
 
 
 def _replayed() -> Path | None:

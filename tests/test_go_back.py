@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import class_batches, make_trainer, refused
-from torch import nn
+from test_rollback import engine_of, run
 from torch.utils.data import DataLoader, TensorDataset
 
 from camshaft.callbacks import RunCheckpoint
@@ -22,7 +22,6 @@ from camshaft.engine import (
     FitStart,
     Settled,
     StepEnd,
-    Trainer,
     ValidationEnd,
     ValidationStart,
     at,
@@ -67,41 +66,6 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(20, 4), torch.randint(3, (20,))), batch_size=4, shuffle=True)
 
 
-def engine_of(style: str, *callbacks: Callback) -> Engine:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    loss_of = nn.CrossEntropyLoss()
-    if style == "trainer":
-        return Trainer(model, optimizer, loss_of, callbacks=callbacks)
-
-    def step(engine: Engine, batch: Any) -> Any:
-        loss = loss_of(model(batch[0]), batch[1])
-        if engine.training:
-            engine.update(loss)
-        return {"loss": loss}
-
-    if style == "step":
-        return Engine(step, callbacks=callbacks, model=model, optimizer=optimizer)
-    return Engine(callbacks=callbacks, model=model, optimizer=optimizer)
-
-
-def run(style: str, engine: Engine) -> None:
-    train = data()
-    torch.manual_seed(5)
-    if style != "script":
-        engine.fit(train, VAL, epochs=3)
-        return
-    loss_of = nn.CrossEntropyLoss()
-    for _ in engine.epochs(3):
-        for inputs, target in engine.train(train):
-            loss = loss_of(engine.parts["model"](inputs), target)
-            engine.record(loss=loss)
-            engine.update(loss)
-        for inputs, target in engine.validate(VAL):
-            engine.record(loss=loss_of(engine.parts["model"](inputs), target))
-
-
 MOMENTS = [
     (3, 5, StepEnd),
     (3, 4, Settled),
@@ -119,10 +83,10 @@ def test_a_run_that_goes_back_ends_as_one_that_did_not(
 ) -> None:
     """With all weights, the optimizer, the random numbers, the history, and a checkpoint at each step."""
     plain, back = engine_of(style), Back(kept, left, event)
-    run(style, plain)
+    run(plain, data(), style=style, epochs=3)
     rng = torch.get_rng_state()
     engine = engine_of(style, back, RunCheckpoint(tmp_path, every_steps=1))
-    run(style, engine)
+    run(engine, data(), style=style, epochs=3)
     assert torch.equal(torch.get_rng_state(), rng)
     assert back.reasons == [f"goes back to step {kept}", "3 epochs done"]
     assert back.resuming == [False, True]
@@ -136,7 +100,7 @@ def test_a_run_that_goes_back_ends_as_one_that_did_not(
 def test_no_checkpoint_is_written_of_what_is_gone_back_from(tmp_path: Path) -> None:
     back = Back(3, 4, StepEnd)
     checkpoint = RunCheckpoint(tmp_path, every_steps=1, keep=99)
-    run("trainer", engine_of("trainer", back, checkpoint))
+    run(engine_of("trainer", back, checkpoint), data(), epochs=3)
     steps = [file.step for file in reversed(checkpoint.checkpoints.files())]
     assert steps == [*range(1, 16), 15]  # each step, and the end of the run, once
 
