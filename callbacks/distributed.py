@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,6 +123,7 @@ class Distributed(Callback):
         self.find_unused_parameters = find_unused_parameters
         self.timeout = timeout
         self._replicas: list[_Replica] = []
+        self._has_one_optimizer = True
 
     def attach(self, engine: Engine) -> None:
         """Join the other ranks, and synchronise the gradients of every module that is trained."""
@@ -151,6 +153,8 @@ class Distributed(Callback):
             for module in engine.parts.modules().values():
                 self._replicate(engine, module)
             check_held(engine, {parameter for replica in self._replicas for parameter in replica.parameters})
+            self._has_one_optimizer = len(engine.parts.optimizers()) == 1
+            engine.ranks.on_stated(self._weigh)
             engine.subscribe(GradientsReady, self._check_reduced)
         engine.listeners.around("evaluation", lambda: _same_buffers(engine))
 
@@ -161,22 +165,32 @@ class Distributed(Callback):
             self._replicas.append(_Replica(engine, parameters, self.find_unused_parameters))
             module.register_forward_hook(self._replicas[-1])
 
+    def _weigh(self) -> None:
+        """Weigh the gradients of a loss that states what it is the mean of."""
+        for replica in self._replicas:
+            replica.weigh()
+
     def _check_reduced(self, event: GradientsReady) -> None:
         """Refuse an update by gradients that were not added up, because the module was not called as a whole."""
         for replica in self._replicas:
-            if replica.passes.lost_one():
+            passes = replica.passes
+            passes.look()
+            if passes.lost_one:
+                passes.lost_one = False
                 raise DataError(
                     f"The loss of step {event.engine.step} was differentiated more than once after one call of the "
                     "model, and only the first time is added up over the ranks. "
                     "Add the losses up and differentiate their sum, or call the model once for each."
                 )
-            if not replica.is_reduced and replica.has_gradients_of(event.optimizer):
+            if not passes.were_reduced and replica.has_gradients_of(event.optimizer):
                 raise DataError(
                     f"The gradients of step {event.engine.step} were not added up over the ranks. "
                     "Call each part that is trained as a whole, model(inputs), once before its loss is differentiated."
                 )
-            if event.optimizer is event.together[-1] and any(map(replica.is_held_by, event.together)):
-                replica.is_reduced = False  # not of other optimizers, whose window may still be open
+            if event.optimizer is event.together[-1] and (
+                self._has_one_optimizer or any(map(replica.is_held_by, event.together))
+            ):
+                passes.were_reduced = False  # not of other optimizers, whose window may still be open
 
     def _check_batch_norm(self, name: str, module: nn.Module) -> None:
         if self.batch_norm == "sync" and any(
@@ -190,7 +204,7 @@ class Distributed(Callback):
     def before_resume(self, state: dict[str, Any]) -> None:
         """Know that gradients in a checkpoint, of a window that was open, were added up before it was written."""
         for replica in self._replicas:
-            replica.is_reduced = True
+            replica.passes.were_reduced = True
 
     def on_fit_start(self, event: FitStart) -> None:
         """Begin on every rank with the weights and buffers of rank 0; weights that are sharded began so before."""
@@ -213,20 +227,22 @@ class _Replica:
 
     `DistributedDataParallel` is given the parameters alone and passes the output through, so that the model stays the
     user's own object under its own name, and an evaluation does not communicate.
+
+    The average is right as it is where all ranks have as many samples of the batch, and costs nothing more then.
+    Otherwise each gradient is weighted before it is accumulated.
     """
 
     def __init__(self, engine: Engine, parameters: list[nn.Parameter], find_unused_parameters: bool) -> None:
         self._engine = engine
         self.parameters = parameters
         self._own = set(parameters)
-        self.is_reduced = False  # whether gradients were added up since they were looked at last
         self.passes = _Passes()
         self._find_unused_parameters = find_unused_parameters
-        self._running: list[Any] = []  # what adds up the gradients of the present backward pass
         self._learns: list[bool] = []  # of each parameter, in the present replica
-        self._replica: Callable[[Any], Any] = _unchanged
+        self._replica: DistributedDataParallel | None = None  # the present one; None while nothing learns
         # The newest, by what learns: a step of two networks that learn in turn sets them free and freezes them.
-        self._kept: dict[tuple[bool, ...], Callable[[Any], Any]] = {}
+        self._kept: dict[tuple[bool, ...], DistributedDataParallel] = {}
+        self._weights: list[RemovableHandle] = []  # of the hooks that weigh gradients, if any do
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not torch.is_grad_enabled() or not self._engine.training:
@@ -234,16 +250,27 @@ class _Replica:
         learns = [parameter.requires_grad for parameter in self.parameters]
         if learns != self._learns:  # some were frozen or set free
             self._learns = learns
+            self._do_not_weigh()
             self._replica = self._replica_for(tuple(learns))
-        return self._replica(output)
+        if self._replica is None:
+            return output
+        share = self._engine.current.share
+        if share is not None and share.is_even:
+            if self._weights:
+                self._do_not_weigh()
+        else:
+            self.weigh()
+        self.passes.expect()
+        self._replica._pre_forward()  # these two are what torch's own replicate() calls
+        return self._replica._post_forward(output)
 
-    def _replica_for(self, learns: tuple[bool, ...]) -> Callable[[Any], Any]:
+    def _replica_for(self, learns: tuple[bool, ...]) -> DistributedDataParallel | None:
         """Return what averages the gradients of the parameters that learn now."""
         trained = list(itertools.compress(self.parameters, learns))
         if not trained:
-            return _unchanged
+            return None
         replica = self._kept.pop(learns, None) or self._replicate(trained)
-        self.passes.watch(trained)
+        self.passes.watch(trained if self._find_unused_parameters else [trained[0], trained[-1]])
         self._kept[learns] = replica  # as the newest
         if len(self._kept) > _MOST_REPLICAS:
             del self._kept[next(iter(self._kept))]
@@ -258,12 +285,32 @@ class _Replica:
         own = set(parameters_of(optimizer))
         return any(parameter.grad is not None and parameter in own for parameter in self.parameters)
 
+    def weigh(self) -> None:
+        """From now on, let gradients count by this rank's share of the batch."""
+        if not self._weights:
+            own = weakref.proxy(self)
+            for parameter in itertools.compress(self.parameters, self._learns):
+                node = get_gradient_edge(parameter).node  # comes before torch adds up, and not where one only asks
+                self._weights.append(node.register_prehook(lambda gradients: own._weighted(gradients)))
+
+    def _do_not_weigh(self) -> None:
+        for handle in self._weights:
+            handle.remove()
+        self._weights.clear()
+
+    def _weighted(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return what counts by the share once torch has averaged it; nothing without a share.
+
+        It is not multiplied by 0, because a stand-in's gradient may be NaN.
+        """
+        share, world = self._engine.current.share, self._engine.ranks.world
+        factor = 0.0 if share is None else share.weight * world
+        return tuple(one if one is None else one * factor if factor else torch.zeros_like(one) for one in gradients)
+
     def _replicate(self, parameters: list[nn.Parameter]) -> DistributedDataParallel:
         replica = DistributedDataParallel(
             _Parameters(parameters), find_unused_parameters=self._find_unused_parameters, init_sync=False
         )
-        # Only a weak reference, because Python does not see the circle that leads through torch's reducer.
-        replica.register_comm_hook(weakref.proxy(self), lambda own, bucket: own._add_up(bucket))
         self._settle(replica, parameters)
         return replica
 
@@ -273,36 +320,14 @@ class _Replica:
         Which rank's gradients are added to which depends on their places. A run that was resumed must add up those of
         its first step as one that was not.
         """
-        kept, is_reduced = [parameter.grad for parameter in parameters], self.is_reduced
+        kept = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
+        self.passes.look()
         nothing = [parameter.flatten()[:0].sum() for parameter in parameters]
         torch.autograd.backward(replica(nothing), [torch.zeros_like(value) for value in nothing])
         for parameter, grad in zip(parameters, kept, strict=True):
             parameter.grad = grad
-        self.is_reduced = is_reduced
-
-    def _add_up(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Add up all ranks' gradients, each weighted by its share; shares add up to 1.
-
-        Gradients that are in an open window already are the same on every rank, and stay what they are.
-
-        Torch looks at what this returns after the last bucket, and that one waits for all of them here. A function to
-        be called when a bucket is done would run on a thread of the communication, where Python costs more than the
-        sum of a small model's gradients.
-        """
-        self.is_reduced = True
-        self.passes.reduce()
-        gradients = bucket.buffer()
-        self._engine.current.weigh(gradients)
-        self._running.append(dist.all_reduce(gradients, async_op=True))
-        if bucket.is_last():
-            running, self._running = self._running, []
-            for work in running:
-                work.wait()
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(gradients)
-        return done
 
     def __deepcopy__(self, memo: object) -> Callable[..., Any]:
         return _unchanged_output  # a copy of the model, such as a weight average, is not trained
@@ -312,39 +337,45 @@ class _Replica:
 
 
 class _Passes:
-    """Backward passes that have reached parameters, and those whose gradients were added up over the ranks.
+    """Backward passes that have reached parameters, and whether torch has added up what they left there.
 
-    Torch adds up those of the first pass after each call of the model. Another one is seen if it reaches the first or
-    the last of the parameters: to look at each of them would cost more than the sum.
+    It adds up the gradients of the first pass after a call of the model. That pass reaches the first and the last
+    parameter once each, and any other one is seen there, too; where some may be left out, each of them is watched.
+
+    Attributes:
+        were_reduced: whether one was added up since this was last made False.
+        lost_one: whether one was not.
     """
 
     def __init__(self) -> None:
-        self._reduced = -1  # the newest one that was added up, by the number that torch gives it
-        self._others: set[int] = set()  # that were not
+        self.were_reduced = False
+        self.lost_one = False
+        self._is_expected = False  # whether the model was called, so that torch adds up the next one
+        self._reached: list[nn.Parameter] = []
         self._handles: list[RemovableHandle] = []
 
-    def watch(self, parameters: list[nn.Parameter]) -> None:
-        """See the passes that reach the first or the last of the parameters."""
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See the passes that reach these parameters."""
         for handle in self._handles:
             handle.remove()
-        own = weakref.proxy(self)
-        ends = dict.fromkeys((parameters[0], parameters[-1]))
-        self._handles = [end.register_post_accumulate_grad_hook(lambda _: own._see()) for end in ends]
+        # No function of Python's own, which would cost more than all else that is done here in a step.
+        self._reached = []
+        note: Callable[[Any], None] = self._reached.append
+        self._handles = [one.register_post_accumulate_grad_hook(note) for one in dict.fromkeys(parameters)]
 
-    def reduce(self) -> None:
-        """Take note that the gradients of the present pass are being added up."""
-        self._reduced = torch._C._current_graph_task_id()
-        self._others.discard(self._reduced)
+    def expect(self) -> None:
+        """Take note that the model was called."""
+        self.look()
+        self._is_expected = True
 
-    def lost_one(self) -> bool:
-        """Return whether a pass was not added up, since this was asked last."""
-        lost = bool(self._others)
-        self._others.clear()
-        return lost
-
-    def _see(self) -> None:
-        if (present := torch._C._current_graph_task_id()) != self._reduced:
-            self._others.add(present)
+    def look(self) -> None:
+        """See which passes there were."""
+        if reached := self._reached:
+            if len(set(map(id, reached))) < len(reached):
+                self.lost_one = True
+            self.were_reduced |= self._is_expected
+            self._is_expected = False
+            reached.clear()
 
 
 class _Parameters(nn.Module):
@@ -356,10 +387,6 @@ class _Parameters(nn.Module):
 
     def forward(self, output: Any) -> Any:
         return output
-
-
-def _unchanged(output: Any) -> Any:
-    return output
 
 
 def _unchanged_output(module: nn.Module, inputs: Any, output: Any) -> Any:

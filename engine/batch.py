@@ -147,7 +147,7 @@ def cut(value: Any, start: int, stop: int, total: int) -> Any:
         return value[start:stop]  # names, or targets of differing sizes: an item per sample
 
     def cut_tensor(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.ndim and len(tensor) == total else tensor
+        return tensor[start:stop] if tensor.ndim and tensor.size(0) == total else tensor
 
     def cut_object(item: Any) -> Any:
         if isinstance(item, PackedSequence):

@@ -95,7 +95,7 @@ class _DividedList:
         for batch in itertools.islice(self._batches, skip, None):
             whole = num_samples(batch)
             begin, end = self._ranks.part(whole)
-            yield Share(end - begin, whole), cut(batch, begin, end if end > begin else begin + 1, whole)
+            yield self._ranks.share(whole), cut(batch, begin, end if end > begin else begin + 1, whole)
 
 
 class _OwnData:
@@ -110,7 +110,7 @@ class _OwnData:
         for number in itertools.count():
             batch = next(batches, None)
             here = 0 if batch is None else num_samples(batch)
-            whole, num_ranks = self._ranks.sum(torch.tensor([here, batch is not None])).tolist()
+            whole, squares, num_ranks = self._ranks.sum(torch.tensor([here, here**2, batch is not None])).tolist()
             if not num_ranks:
                 return
             last = batch if batch is not None else last
@@ -119,7 +119,7 @@ class _OwnData:
                     f"Rank {self._ranks.rank} has no batch, and other ranks have some. Give every rank at least one."
                 )
             if number >= skip:
-                yield Share(here, whole), last
+                yield Share(here, whole, is_even=self._ranks.world * squares == whole**2), last
 
 
 class _HasStage(Protocol):

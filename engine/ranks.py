@@ -37,10 +37,12 @@ class Share:
     Attributes:
         here: its samples; 0 for a stand-in, which is there so that the rank takes part in the communication.
         whole: the samples of all ranks.
+        is_even: whether all ranks are known to have as many.
     """
 
     here: float
     whole: float
+    is_even: bool = False
 
     @property
     def weight(self) -> float:
@@ -69,6 +71,7 @@ class Ranks:
         self._store: Store | None = None
         self._num_stores = 0
         self._is_on_main = False
+        self._on_stated: list[Callable[[], object]] = []
 
     def join(self, *, divides: bool = True) -> None:
         """Become one of several ranks: those of torch.distributed's default group.
@@ -96,9 +99,24 @@ class Ranks:
         """Return where this rank's part of ``size`` samples begins and ends; both may be equal."""
         return size * self.rank // self.world, size * (self.rank + 1) // self.world
 
+    def share(self, size: int) -> Share:
+        """Return what this rank has of ``size`` samples that are divided."""
+        begin, end = self.part(size)
+        return Share(end - begin, size, is_even=size % self.world == 0)
+
     def seed(self, seed: int, step: int = 0) -> int:
         """Return the seed of this rank's global generators; rank 0 has the one of a single process."""
         return seed if self.is_main and not step else mix(seed, step, self.rank)
+
+    def on_stated(self, function: Callable[[], object]) -> None:
+        """Call a function before each loss is differentiated whose share is not that of the batch that was read."""
+        self._on_stated.append(function)
+
+    def state(self, here: float) -> Share:
+        """Return the share of a loss that is the mean of ``here`` samples, or other things, on this rank."""
+        for function in self._on_stated:
+            function()
+        return Share(here, self.total(here))
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sums over all ranks, element by element; every rank gets the same, to the last bit."""

@@ -107,7 +107,7 @@ class _PositionedBatches:
         """Yield this rank's part of each list; the first sample where it has none."""
         for (epoch, position), *indices in self._whole():
             begin, end = self._ranks.part(len(indices))
-            self._shares.append(Share(end - begin, len(indices)))
+            self._shares.append(self._ranks.share(len(indices)))
             yield [(epoch, position + begin), *(indices[begin:end] or indices[:1])]
 
     def _whole(self) -> Iterator[list[Any]]:

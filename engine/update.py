@@ -205,6 +205,7 @@ class Update:
             else:
                 window.has_gradients = True
                 scaled.backward()
+        progress.current.share = share  # what was stated is true of this loss alone
         if closes:
             self._apply(window)
 
@@ -226,7 +227,7 @@ class Update:
             self._check_share(stage, share)
             return share.whole
         here = 0.0 if stage.is_stand_in else float(num_samples)
-        stage.share = Share(here, self._ranks.total(here))
+        stage.share = self._ranks.state(here)
         return stage.share.whole
 
     def _check_share(self, stage: CurrentStage, share: Share) -> None:

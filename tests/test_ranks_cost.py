@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,25 @@ def operations(function: Callable[[], Any]) -> Counter[str]:
     return Counter(event.name for event in seen.events() if event.name.startswith("c10d::"))
 
 
-def by_hand(num: int) -> Counter[str]:
+def calls(function: Callable[[], Any]) -> Counter[str]:
+    """Return how many functions of Python's own were called, on the main thread."""
+    counts: Counter[str] = Counter()
+
+    def count(frame: Any, what: str, argument: Any) -> None:
+        counts["calls"] += what == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return counts
+
+
+Counts = Callable[[Callable[[], Any]], Counter[str]]
+
+
+def by_hand(num: int, *, counted: Counts = operations) -> Counter[str]:
     net = model()
     replica, optimizer = DistributedDataParallel(net), torch.optim.SGD(net.parameters(), 0.1)
 
@@ -48,7 +67,7 @@ def by_hand(num: int) -> Counter[str]:
             optimizer.step()
             optimizer.zero_grad()
 
-    return operations(run)
+    return counted(run)
 
 
 def ours(
@@ -58,6 +77,7 @@ def ours(
     metrics: Callable[[], dict[str, Any]] = dict,
     epochs: int = 1,
     validates: bool = False,
+    counted: Counts = operations,
 ) -> Counter[str]:
     net = model()
     trainer = Trainer(
@@ -68,7 +88,7 @@ def ours(
         callbacks=[Distributed(), *callbacks()],
         seed=0,
     )
-    return operations(lambda: trainer.fit(batches(num), batches(2) if validates else None, epochs=epochs))
+    return counted(lambda: trainer.fit(batches(num), batches(2) if validates else None, epochs=epochs))
 
 
 def watched() -> list[Callback]:
@@ -100,6 +120,12 @@ def test_a_step_sends_what_a_step_of_a_hand_written_loop_sends(callbacks: Callab
         assert hand == {"c10d::allreduce_": MANY - FEW}
     for rank in on_ranks(WORLD, lambda: of_steps(ours, callbacks=callbacks, metrics=two_metrics)):
         assert rank == hand
+
+
+def test_a_step_calls_no_more_functions_than_a_step_of_a_hand_written_loop() -> None:
+    """No function of Python's own runs while the gradients of a batch that divides evenly are added up."""
+    (hand, _), (own, _) = (on_ranks(WORLD, lambda f=f: of_steps(f, counted=calls)["calls"]) for f in (by_hand, ours))
+    assert 0 < own <= hand
 
 
 def test_an_accumulated_batch_sends_no_more_than_a_step() -> None:

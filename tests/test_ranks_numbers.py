@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -344,3 +345,47 @@ def masked(weighs_on_device: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("weighs_on_device", [False, True])
 def test_means_over_a_mask_give_the_numbers_of_one_process(weighs_on_device: bool) -> None:
     assert_as_alone(4, masked, weighs_on_device)
+
+
+def stated_and_read() -> dict[str, Any]:
+    """Make two updates in each step: by the mean over what a mask leaves, perhaps nothing, and by the batch's."""
+    net = model()
+
+    def step(engine: Engine, batch: Any) -> None:
+        inputs, target = batch
+        mask = inputs[:, 0] > 0.6
+        losses = nn.functional.cross_entropy(net(inputs[mask]), target[mask], reduction="none")
+        engine.update(losses.sum() / mask.sum(), num_samples=int(mask.sum()))  # NaN where the mask leaves nothing
+        engine.update(nn.functional.cross_entropy(net(inputs), target))
+
+    engine = Engine(step, model=net, optimizer=torch.optim.SGD(net.parameters(), 0.3), seed=7,
+                    callbacks=[Distributed()])  # fmt: skip
+    engine.fit(data(32, batch_size=8), epochs=2)
+    return outcome(engine, net)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_loss_that_says_what_it_is_the_mean_of_leaves_the_next_one_as_it_is(world: int) -> None:
+    assert_as_alone(world, stated_and_read)
+
+
+def asked_for_gradients() -> None:
+    """The gradients that a step asks for are its own, also of a batch that does not divide evenly."""
+    net, asked = model(), []
+
+    def step(engine: Engine, batch: Any) -> None:
+        loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+        asked.append(torch.autograd.grad(loss, list(net.parameters()), retain_graph=True))
+        own = copy.deepcopy(net)
+        alone = torch.autograd.grad(nn.functional.cross_entropy(own(batch[0]), batch[1]), list(own.parameters()))
+        assert [grad.tolist() for grad in asked[-1]] == [grad.tolist() for grad in alone]
+        engine.update(loss)
+
+    engine = Engine(step, model=net, optimizer=torch.optim.SGD(net.parameters(), 0.3), seed=7,
+                    callbacks=[Distributed()])  # fmt: skip
+    engine.fit(data(21, batch_size=7), epochs=1)
+    assert len(asked) == 3
+
+
+def test_gradients_that_are_only_asked_for_are_not_weighted() -> None:
+    on_ranks(2, asked_for_gradients)
