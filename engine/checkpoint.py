@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .files import locked, remove_temporaries, sync_directory, write_durably
-from .sharded import Parts, put_together
+from .sharded import Parts, put_together, read_whole
 
 logger = logging.getLogger("camshaft")
 
@@ -110,8 +110,12 @@ class CheckpointDirectory:
         sync_directory(self.path)
         return directory
 
-    def load_newest(self) -> tuple[dict[str, Any], Path] | None:
+    def load_newest(self, *, reads: bool = True) -> tuple[dict[str, Any], Path] | None:
         """Return the newest checkpoint that is complete, and its path; None if there are no checkpoints.
+
+        Args:
+            reads: whether to read what several ranks have written in parts, whole; otherwise it is read when it is
+                needed, as far as it is.
 
         A damaged one is put aside with a warning that says why, and the one before it is used. Only a wrong digest is
         damage: a file that cannot be read now may be read at the next try.
@@ -122,7 +126,7 @@ class CheckpointDirectory:
         with _reading(self.path):
             files = self.files()
         for file in files:
-            state, damage = _load(file.path, file.digest)
+            state, damage = _load(file.path, file.digest, reads=reads)
             if damage is None:
                 return state, file.path
             logger.warning("%s The one before it is used.", damage)
@@ -219,8 +223,13 @@ def write_part(directory: Path, rank: int, parts: Parts) -> str:
     return digests[0]
 
 
-def load_verified(path: Path) -> dict[str, Any]:
+def load_verified(path: Path, *, reads: bool = True, looks_at_parts: bool = True) -> dict[str, Any]:
     """Load a run checkpoint after its digest has been checked against its name.
+
+    Args:
+        path: the file.
+        reads: whether to read what several ranks have written in parts, whole.
+        looks_at_parts: whether to check the digests of the parts, too; another rank may have done so.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -231,13 +240,13 @@ def load_verified(path: Path) -> dict[str, Any]:
             f"{path} is not named as a run checkpoint. "
             "Pass the directory, or a file run-<number>-step-<step>-<digest>.pt."
         )
-    state, damage = _load(path, match[3])
+    state, damage = _load(path, match[3], reads=reads, looks_at_parts=looks_at_parts)
     if damage is not None:
         raise CheckpointError(f"{damage} Use another checkpoint.")
     return state
 
 
-def _load(path: Path, digest: str) -> tuple[dict[str, Any], str | None]:
+def _load(path: Path, digest: str, *, reads: bool, looks_at_parts: bool = True) -> tuple[dict[str, Any], str | None]:
     """Return what a file holds; and None, or if its digest is not this one, in words, the damage."""
     with _reading(path), open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
@@ -250,17 +259,18 @@ def _load(path: Path, digest: str) -> tuple[dict[str, Any], str | None]:
             warnings.filterwarnings("ignore", "Validating sparse tensor")  # sparse gradients: it is what we want
             state = torch.load(file, weights_only=True, map_location="cpu")
         if isinstance(state, dict) and PART_DIGESTS in state:
-            return _load_parts(path, state)
+            state, damage = _load_parts(path, state, looks_at_parts=looks_at_parts)
+            return read_whole(state) if reads else state, damage
         return state, None
 
 
-def _load_parts(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def _load_parts(path: Path, state: dict[str, Any], *, looks_at_parts: bool) -> tuple[dict[str, Any], str | None]:
     """Return a state with what is in the files of its parts; or, in words, the damage of one of them."""
     match = _NAME.fullmatch(path.name)
     directory = parts_of(path.parent, int(match[1]) if match else 0)
     files = {directory / f"part-{rank}.pt": digest for rank, digest in enumerate(state.pop(PART_DIGESTS))}
     for file, digest in files.items():
-        if damage := _damage(file, digest):
+        if looks_at_parts and (damage := _damage(file, digest)):
             return {}, f"{path} is damaged: its {file.name} {damage}."
     parts = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
     whole: dict[str, Any] = put_together(state, parts)

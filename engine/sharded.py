@@ -54,9 +54,13 @@ def made_whole(value: Any, *, is_kept: bool = True) -> Any:
 
 
 def parts_like(value: Any, own: Any) -> Any:
-    """Return this rank's part of a whole tensor, laid out as ``own`` is; nothing is sent."""
-    if not is_sharded(own) or is_sharded(value) or not isinstance(value, Tensor):
+    """Return this rank's part of a saved tensor, laid out as ``own`` is; nothing is sent."""
+    if not is_sharded(own):
+        return read_whole(value)
+    if is_sharded(value) or not isinstance(value, Tensor):
         return value
+    if isinstance(value, InParts):
+        return value.like(own)
     from torch.distributed.tensor import distribute_tensor
 
     placed = distribute_tensor(value.detach().to(own.device), own.device_mesh, own.placements, src_data_rank=None)
@@ -88,7 +92,7 @@ def like_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> d
 def state_like(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """Return what an optimizer keeps for a parameter, laid out as that is where it has its shape."""
     return {
-        key: parts_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        key: parts_like(value, parameter if isinstance(value, Tensor) and value.shape == parameter.shape else None)
         for key, value in values.items()
     }
 
@@ -143,6 +147,15 @@ def take_apart(state: Any) -> tuple[Any, Parts]:
 
 def _place(tensor: Any) -> dict[str, int] | None:
     """Return along which dimension this rank's part lies, and where it begins; None if another rank keeps it."""
+    coordinates = tensor.device_mesh.get_coordinate()
+    if any(position for position, one in zip(coordinates, tensor.placements, strict=True) if not one.is_shard()):
+        return None
+    dim, begin = _range_of(tensor)
+    return {"dim": dim, "begin": begin}
+
+
+def _range_of(tensor: Any) -> tuple[int, int]:
+    """Return along which dimension this rank's part lies, and where it begins."""
     dim = begin = 0
     for size, position, placement in zip(
         tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements, strict=True
@@ -150,31 +163,81 @@ def _place(tensor: Any) -> dict[str, int] | None:
         if placement.is_shard():
             dim = placement.dim
             begin = min(tensor.shape[dim], -(-tensor.shape[dim] // size) * position)
-        elif position:
-            return None
-    return {"dim": dim, "begin": begin}
+    return dim, begin
+
+
+class InParts(Tensor):
+    """A tensor of a checkpoint whose content is in the files of several ranks, and is read when it is needed.
+
+    It has a shape and a type, and no content of its own: what computes with it raises.
+
+    Attributes:
+        parts: what each rank has written: its ``content``, along which ``dim`` it lies, and where it begins.
+    """
+
+    parts: list[dict[str, Any]]
+
+    @staticmethod
+    def of(shape: list[int], dtype: torch.dtype, parts: list[dict[str, Any]]) -> InParts:
+        """Return a tensor that these parts make up.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        tensor = torch.empty(shape, dtype=dtype, device="meta").as_subclass(InParts)
+        if sum(part["content"].numel() for part in parts) != tensor.numel():
+            raise ValueError(f"the parts of a tensor of shape {shape} are not all there")
+        tensor.parts = parts
+        return tensor
+
+    def whole(self) -> Tensor:
+        """Read all of it."""
+        whole = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        for part in self.parts:
+            content = part["content"]
+            whole.narrow(part["dim"], part["begin"], content.shape[part["dim"]]).copy_(content)
+        return whole
+
+    def like(self, own: Any) -> Tensor:
+        """Read this rank's part of it, laid out as ``own`` is."""
+        from torch.distributed.tensor import DTensor
+
+        mine = torch.empty(local_part(own).shape, dtype=self.dtype, device="cpu")
+        dim, begin = _range_of(own)
+        for part in self.parts:
+            here, there = mine, part["content"]
+            for one in {dim, part["dim"]}:
+                our_begin, their_begin = begin * (one == dim), part["begin"] * (one == part["dim"])
+                first = max(our_begin, their_begin)
+                end = max(first, min(our_begin + here.shape[one], their_begin + there.shape[one]))
+                here = _span(here, one, first - our_begin, end - our_begin)
+                there = _span(there, one, first - their_begin, end - their_begin)
+            here.copy_(there)
+        return DTensor.from_local(
+            mine.to(own.device), own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+        )
+
+
+def _span(tensor: Tensor, dim: int, begin: int, end: int) -> Tensor:
+    return tensor[(slice(None),) * dim + (slice(begin, end),)]
 
 
 def put_together(state: Any, parts: list[Parts]) -> Any:
-    """Return what was taken apart, with whole tensors, given the parts of all ranks.
+    """Return what was taken apart, given the parts of all ranks; its tensors are read when they are needed.
 
     Raises:
         ValueError: if the parts do not make up a tensor.
     """
     if isinstance(state, dict):
         if IN_PARTS in state:
-            return _joined(state, [one[state[IN_PARTS]] for one in parts if state[IN_PARTS] in one])
+            number = state[IN_PARTS]
+            return InParts.of(state["shape"], state["dtype"], [one[number] for one in parts if number in one])
         return type(state)({key: put_together(value, parts) for key, value in state.items()})
     if isinstance(state, list | tuple):
         return type(state)(put_together(value, parts) for value in state)
     return state
 
 
-def _joined(kept: dict[str, Any], parts: list[dict[str, Any]]) -> Tensor:
-    whole = torch.empty(kept["shape"], dtype=kept["dtype"])
-    for part in parts:
-        content = part["content"]
-        whole.narrow(part["dim"], part["begin"], content.shape[part["dim"]]).copy_(content)
-    if sum(part["content"].numel() for part in parts) != whole.numel():
-        raise ValueError(f"the parts of a tensor of shape {kept['shape']} are not all there")
-    return whole
+def read_whole(value: Any) -> Any:
+    """Return nested values with whole tensors in the place of those whose parts are in files."""
+    return tree_map(lambda tensor: tensor.whole() if isinstance(tensor, InParts) else tensor, value)

@@ -20,7 +20,7 @@ from .errors import CheckpointError, ConfigurationError
 from .migration import FORMAT, migrated
 from .record import Record
 from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
-from .sharded import like_module, like_optimizer, made_whole
+from .sharded import has_shards, like_module, like_optimizer, made_whole
 from .state_check import impossible_values
 from .trial_step import trial_step
 from .weights import unwrap, weight_differences
@@ -110,8 +110,10 @@ def find_state(engine: Engine, resume: str | Path) -> Found | None:
     """
     if not isinstance(resume, str | os.PathLike):
         raise ConfigurationError(f'resume is {resume!r}, which is not a path. Pass "auto" or a path of a checkpoint.')
+    reads = not _is_sharded(engine)
     return fitting_state(
-        engine, lambda: _find_newest(engine.listeners.callbacks) if resume == "auto" else _find_at(Path(resume))
+        engine,
+        lambda: _find_newest(engine.listeners.callbacks, reads) if resume == "auto" else _find_at(Path(resume), reads),
     )
 
 
@@ -156,20 +158,25 @@ def _found_by_main(engine: Engine, find: Callable[[], Found | None]) -> Found | 
     path = engine.ranks.on_main(find_path)
     if found or path is None:
         return found[0] if found else None
-    return load_verified(path), path
+    return load_verified(path, reads=not _is_sharded(engine), looks_at_parts=False), path
 
 
-def _find_newest(callbacks: Iterable[Callback]) -> Found | None:
+def _is_sharded(engine: Engine) -> bool:
+    """Return whether ranks hold weights in parts; then each reads only its own of what was saved in parts."""
+    return has_shards(parameter for _, parameter in engine.parts.named_parameters())
+
+
+def _find_newest(callbacks: Iterable[Callback], reads: bool) -> Found | None:
     directory = checkpoints_of(callbacks)
     if directory is None:
         raise ConfigurationError('resume="auto" has nowhere to look. Add RunCheckpoint(directory), or pass a path.')
-    return directory.load_newest()
+    return directory.load_newest(reads=reads)
 
 
-def _find_at(path: Path) -> Found:
+def _find_at(path: Path, reads: bool) -> Found:
     if path.is_file():
-        return load_verified(path), path
-    found = CheckpointDirectory(path).load_newest()
+        return load_verified(path, reads=reads), path
+    found = CheckpointDirectory(path).load_newest(reads=reads)
     if found is None:
         raise ConfigurationError(
             f'There is no checkpoint at {path}. Write resume="auto" to start from the beginning if there is none.'

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import kill_before, refused, struck
 from ranks import on_ranks
 from test_ranks import accuracy, assert_alike, data, everything_on, model, plain
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from camshaft.callbacks import (
     Accumulate,
@@ -53,7 +57,7 @@ from camshaft.engine import (
     write_part,
 )
 from camshaft.engine.checkpoint import load_verified
-from camshaft.engine.sharded import IN_PARTS
+from camshaft.engine.sharded import IN_PARTS, InParts
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(
@@ -418,6 +422,62 @@ def test_a_checkpoint_in_parts_continues_on_any_number_of_ranks_of_either_kind(
     assert sorted(files) == [f"part-{rank}.pt" for rank in range(4)]
     results = on_ranks(world_after, resume, KINDS[after], tmp_path / "run")
     assert_alike(results[0], resume(Distributed, tmp_path / "alone"))
+
+
+def resumed_without_the_whole(directory: Path) -> list[int]:
+    """Return how many numbers are in the files of parts, and in the parts of this rank that were read."""
+    sizes = []
+
+    def like(saved: InParts, own: Tensor) -> Tensor:
+        part = original(saved, own)
+        sizes.append((saved.numel(), local_part(part).numel()))
+        return part
+
+    original = InParts.like
+    with patch.object(InParts, "like", like), patch.object(InParts, "whole", side_effect=AssertionError("read whole")):
+        in_parts(directory, epochs=3, resume="auto")
+    return [sum(column) for column in zip(*sizes, strict=True)]
+
+
+def test_a_rank_reads_only_its_own_part_of_what_was_saved_in_parts(tmp_path: Path) -> None:
+    """Weights, the optimizer's state and the average would not fit in its memory."""
+    on_ranks(2, in_parts, tmp_path / "run")
+    results = on_ranks(4, resumed_without_the_whole, tmp_path / "run")
+    saved = {whole for whole, _ in results}
+    assert len(saved) == 1
+    assert sum(own for _, own in results) == saved.pop() > 0
+
+
+def test_a_tensor_in_parts_says_that_it_has_no_content() -> None:
+    content = torch.arange(6.0).reshape(2, 3)
+    saved = InParts.of([2, 3], torch.float32, [{"dim": 1, "begin": 0, "content": content[:, :2]},
+                                               {"dim": 1, "begin": 2, "content": content[:, 2:]}])  # fmt: skip
+    assert saved.shape == (2, 3)
+    assert torch.equal(saved.whole(), content)
+    with pytest.raises(NotImplementedError, match="meta"):
+        torch.empty(2, 3).copy_(saved)
+
+
+def cut_along(dim: int, world: int) -> list[dict[str, Any]]:
+    """A tensor of 5 x 7, cut as torch cuts it: rounded up, so that the last parts may be empty."""
+    whole, size = torch.arange(35.0).reshape(5, 7), -(-(5, 7)[dim] // world)
+    begins = [min(size * rank, (5, 7)[dim]) for rank in range(world)]
+    return [{"dim": dim, "begin": begin, "content": whole.narrow(dim, begin, min(size, (5, 7)[dim] - begin))}
+            for begin in begins]  # fmt: skip
+
+
+def read_along(dim: int) -> list[tuple[int, int]]:
+    """Return from what parts, by number and dimension, something else was read than what torch cuts."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    expected = distribute_tensor(torch.arange(35.0).reshape(5, 7), mesh, [Shard(dim)])
+    cuts = [(world, along) for world in (1, 3, 6) for along in (0, 1)]
+    read = {cut: InParts.of([5, 7], torch.float32, cut_along(*reversed(cut))).like(expected) for cut in cuts}
+    return [cut for cut, own in read.items() if not torch.equal(local_part(own), local_part(expected))]
+
+
+def test_a_part_is_read_from_parts_of_any_number_and_direction() -> None:
+    for wrong in on_ranks(4, lambda: read_along(0) + read_along(1)):
+        assert wrong == []
 
 
 def test_parts_go_with_their_checkpoint_and_what_a_killed_run_left_goes_first(tmp_path: Path) -> None:
