@@ -13,7 +13,8 @@ from .ranks import Ranks
 
 T = TypeVar("T")
 
-POLL = 0.05  # seconds between two looks into the store
+POLL = 0.2  # seconds between two looks into the store: each takes time from the training of all ranks
+PAUSE = 0.005  # seconds between two looks while a rank waits for the others
 GRACE = 2.5  # seconds that a rank is given to end by itself when another one has failed
 PATIENCE = 8.0  # seconds of waiting for the others before one looks for their signs of life
 
@@ -116,7 +117,7 @@ class Agreement(Generic[T]):
         keys = [f"{self._round}/next/{rank}" for rank in range(self._ranks.world)]
         look = time.monotonic() + PATIENCE
         while not self._store.check(keys):  # not wait(), because a signal is handled only between two looks
-            time.sleep(POLL / 10)
+            time.sleep(PAUSE)
             self._refuse_alone(self._failures.found() if time.monotonic() > look else self._failure)
         return max(int(self._store.get(key)) for key in keys)
 

@@ -208,6 +208,8 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     3
     """
     try:
+        if isinstance(inputs, Tensor):  # the common case first
+            return model(inputs)
         if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
             return model(*inputs)
         if isinstance(inputs, Mapping):

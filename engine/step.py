@@ -126,7 +126,7 @@ class SupervisedStep:
             loss = self._call_loss(engine.parts["loss_fn"], output, target)
         current = engine.current
         current.output, current.target = output, target
-        if isinstance(loss, Mapping):
+        if not isinstance(loss, Tensor) and isinstance(loss, Mapping):  # the first is cheap, the second is not
             return output, target, *_split_off_loss(loss, engine.parts["loss_fn"])
         return output, target, loss, _NO_TERMS
 

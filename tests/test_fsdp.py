@@ -426,7 +426,7 @@ def test_a_checkpoint_in_parts_continues_on_any_number_of_ranks_of_either_kind(
 
 def resumed_without_the_whole(directory: Path) -> list[int]:
     """Return how many numbers are in the files of parts, and in the parts of this rank that were read."""
-    sizes = []
+    sizes: list[tuple[int, int]] = []
 
     def like(saved: InParts, own: Tensor) -> Tensor:
         part = original(saved, own)
