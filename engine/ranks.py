@@ -112,7 +112,7 @@ class Ranks:
         """Call a function before each loss is differentiated whose share is not that of the batch that was read."""
         self._on_stated.append(function)
 
-    def state(self, here: float) -> Share:
+    def stated_share(self, here: float) -> Share:
         """Return the share of a loss that is the mean of ``here`` samples, or other things, on this rank."""
         for function in self._on_stated:
             function()

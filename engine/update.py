@@ -227,7 +227,7 @@ class Update:
             self._check_share(stage, share)
             return share.whole
         here = 0.0 if stage.is_stand_in else float(num_samples)
-        stage.share = self._ranks.state(here)
+        stage.share = self._ranks.stated_share(here)
         return stage.share.whole
 
     def _check_share(self, stage: CurrentStage, share: Share) -> None:
