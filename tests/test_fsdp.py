@@ -122,7 +122,7 @@ def outcome(engine: Engine) -> dict[str, Any]:
 
 
 def flat(parameters: Iterator[Tensor]) -> Tensor:
-    return torch.cat([made_whole(parameter).detach().reshape(-1) for parameter in parameters])
+    return torch.cat([made_whole(parameter).detach().cpu().reshape(-1) for parameter in parameters])
 
 
 # Training ---------------------------------------------------------------------------------------------------
