@@ -60,7 +60,7 @@ class Distributed(Callback):
 
     Under "fsdp", each rank holds a part of every weight, of its gradient and of its optimizer's state (torch's
     `fully_shard`), and gathers a unit of the model while it computes. That is done when this is attached: the parts
-    hold other parameters then, of type `DTensor`, and the optimizer is given those in the place of its own. A model on
+    hold other parameters then, of type `DTensor`, and optimizers are given those in the place of their own. A model on
     the meta device gets its weights then, too, and never is whole on any rank but the first. Files of best weights and
     checkpoints are those of one process, and each of the two kinds continues the other's.
 

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.device_mesh import init_device_mesh
 
 from camshaft.engine import ConfigurationError, Engine, did_you_mean, has_shards, parameters_of, state_like
@@ -79,6 +81,9 @@ class FullyShard:
             self._shard_module(engine, module, units[name], mesh)
             _fill(engine, module, weights, mesh)
             let_optimizers_hold(engine, earlier, module)
+            engine.ranks.gathered.update(gathered(module))
+        for optimizer in engine.parts.optimizers().values():
+            optimizer.register_step_post_hook(partial(_count_step, engine.ranks.gathered))
 
     @contextmanager
     def freed(self) -> Iterator[None]:
@@ -213,11 +218,6 @@ def _check_torch() -> None:
 
 def _check_parts(engine: Engine, modules: Mapping[str, nn.Module]) -> None:
     """Refuse parts that torch cannot shard, or whose gradients would be wrong."""
-    if len(optimizers := engine.parts.optimizers()) > 1:
-        raise ConfigurationError(
-            f'Distributed("fsdp") trains with one optimizer, and the parts have {", ".join(optimizers)}. '
-            "Write Distributed(), which keeps the whole weights on each rank."
-        )
     owner: dict[nn.Parameter, str] = {}
     for name, module in modules.items():
         if has_shards(module.parameters()):
@@ -258,6 +258,31 @@ def let_optimizers_hold(engine: Engine, earlier: Mapping[str, nn.Parameter], mod
         for parameter in new.keys() & optimizer.state.keys():
             state, parts = optimizer.state.pop(parameter), new[parameter]
             optimizer.state[parts] = state_like(state, parts)
+
+
+def gathered(module: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+    """Return, of each parameter that ranks hold in parts, the whole one with which a module computes.
+
+    torch makes it when a unit is gathered for the first time, which is done here, and keeps it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            parts = list(unit.parameters())
+            unit.unshard()
+            whole |= {part: one for part, one in zip(parts, unit.parameters(), strict=True) if one is not part}
+            unit.reshard()
+    return whole
+
+
+def _count_step(whole: Mapping[nn.Parameter, nn.Parameter], optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Let torch refuse to differentiate what was computed before a step, as it does where weights are not in parts.
+
+    Otherwise it would gather the new weights in the backward pass.
+    """
+    increment_version([whole[one] for one in parameters_of(optimizer) if one.grad is not None and one in whole])
 
 
 def is_meta(module: nn.Module) -> bool:

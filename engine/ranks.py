@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import tree_map
 from .errors import ConfigurationError, EngineStateError
@@ -61,6 +61,7 @@ class Ranks:
         world: the number of processes.
         divides: whether data are divided among the ranks; otherwise each rank's data are its own already.
         is_broken: whether a rank has failed, so that nothing can be asked of all of them any more.
+        gathered: of each parameter that ranks hold in parts, the whole one with which the model computes.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,7 @@ class Ranks:
         self.world = 1
         self.divides = True
         self.is_broken = False
+        self.gathered: dict[nn.Parameter, nn.Parameter] = {}
         self._store: Store | None = None
         self._num_stores = 0
         self._is_on_main = False
@@ -103,6 +105,13 @@ class Ranks:
         """Return what this rank has of ``size`` samples that are divided."""
         begin, end = self.part(size)
         return Share(end - begin, size, is_even=size % self.world == 0)
+
+    def leaves_of(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Return where a backward pass leaves the gradients of these parameters: also in those that are gathered."""
+        if not self.gathered:
+            return parameters
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        return learning + [self.gathered[parameter] for parameter in learning if parameter in self.gathered]
 
     def seed(self, seed: int, step: int = 0) -> int:
         """Return the seed of this rank's global generators; rank 0 has the one of a single process."""

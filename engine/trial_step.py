@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharded import is_sharded
+
 # How the parameters of an accelerator are stepped does not matter here, and some ways do not exist on the CPU.
 _PLAIN = {"foreach": False, "fused": False, "capturable": False}
 
@@ -63,7 +65,7 @@ def _small_state(state: Any, parameter: Tensor) -> Any:
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a small tensor that has the shape of a small parameter where the value has that of the real one."""
-    if value.numel() == 1:
+    if value.numel() == 1 and not is_sharded(value):
         return value.detach().cpu().clone()
     sizes = [min(size, 2) for size in value.shape]
     if value.ndim != parameter.ndim or any(a not in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True)):

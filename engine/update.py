@@ -334,7 +334,7 @@ class Update:
 
     def _differentiate(self, window: Window, loss: Tensor) -> None:
         """Leave gradients in what the window's optimizers hold, and learns, alone."""
-        inputs = [parameter for parameter in self._parameters(window) if parameter.requires_grad]
+        inputs = [leaf for leaf in self._ranks.leaves_of(self._parameters(window)) if leaf.requires_grad]
         if not inputs:
             return
         window.has_gradients = True
@@ -387,7 +387,7 @@ class Update:
         if not any(map(_has_gradients, optimizers)):
             raise DataError(
                 f"The loss of step {self._progress.step} gave no gradient to anything that {window} holds. "
-                "Name the optimizer that the loss is for: engine.update(loss, optimizer=...)."
+                "Pass the name of the optimizer that the loss is for: engine.update(loss, optimizer=...)."
             )
 
     def _leave_out(self, window: Window) -> None:

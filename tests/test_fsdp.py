@@ -18,6 +18,8 @@ import torch.distributed as dist
 from helpers import kill_before, refused, struck
 from ranks import on_ranks
 from test_ranks import accuracy, assert_alike, data, everything_on, model, plain
+from test_ranks_cost import operations
+from test_ranks_numbers import adversarial, assert_as_alone
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -44,6 +46,7 @@ from camshaft.engine import (
     CheckpointDirectory,
     CheckpointError,
     ConfigurationError,
+    DataError,
     Engine,
     StepEnd,
     Trainer,
@@ -123,7 +126,7 @@ def outcome(engine: Engine) -> dict[str, Any]:
 
 
 def flat(parameters: Iterator[Tensor]) -> Tensor:
-    return torch.cat([made_whole(parameter).detach().reshape(-1) for parameter in parameters])
+    return torch.cat([made_whole(parameter).detach().cpu().reshape(-1) for parameter in parameters])
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -246,6 +249,133 @@ def test_ranks_may_leave_out_different_parameters_if_that_is_said() -> None:
     ranks = on_ranks(2, weights)
     assert torch.equal(*ranks)
     assert not torch.equal(ranks[0], flat(_Experts().parameters()))
+
+
+# Several optimizers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "is_detached", "settings"),
+    [(1, True, {}), (2, True, {}), (2, False, {}), (2, True, {"find_unused_parameters": True})],
+)
+def test_networks_with_an_optimizer_each_train_as_in_one_process(
+    every: int, is_detached: bool, settings: dict[str, Any]
+) -> None:
+    """Each loss runs through both networks, while the other one's window is open."""
+    assert_as_alone(2, partial(adversarial, every, partial(sharded, **settings), is_detached=is_detached))
+
+
+def matrices_and_rest(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    return [p for p in net.parameters() if p.ndim == 2], [p for p in net.parameters() if p.ndim != 2]
+
+
+def first_and_last_layer(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    return list(net.get_submodule("0").parameters()), list(net.get_submodule("2").parameters())
+
+
+Split = Callable[[nn.Module], tuple[list[nn.Parameter], list[nn.Parameter]]]
+BOTH = ("first", "second")
+
+
+def divided(
+    split: Split,
+    updates: list[Any],
+    callbacks: Callbacks,
+    first: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+) -> dict[str, Any]:
+    """Train one model with two optimizers; each update has a forward pass of its own."""
+    net = model()
+    ours, others = split(net)
+
+    def step(engine: Engine, batch: Any) -> None:
+        for names in updates:
+            loss = nn.functional.cross_entropy(net(batch[0]), batch[1])
+            if engine.training:
+                engine.update(loss, optimizer=names)
+        engine.record(loss=loss)
+
+    parts: dict[str, Any] = {"first": first(ours, lr=0.1, momentum=0.9), "second": torch.optim.AdamW(others, 0.01)}
+    engine = Engine(step, model=net, **parts, callbacks=[sharded(), *callbacks()], seed=7)
+    engine.fit(data(35, batch_size=8), data(5, shuffle=False), epochs=2)
+    return outcome(engine)
+
+
+def windows() -> list[Callback]:
+    return [Accumulate(2), ClipGradients(0.5), WeightAverage(decay=0.9)]
+
+
+@pytest.mark.parametrize("callbacks", [plain, windows, with_penalty])
+@pytest.mark.parametrize("split", [matrices_and_rest, first_and_last_layer])
+@pytest.mark.parametrize("updates", [[BOTH], [*BOTH]], ids=["joint", "apart"])
+def test_a_model_with_two_optimizers_trains_as_in_one_process(
+    updates: list[Any], split: Split, callbacks: Callbacks
+) -> None:
+    assert_as_alone(2, divided, split, updates, callbacks)
+
+
+def test_muon_agrees_to_the_precision_in_which_it_computes() -> None:
+    run = partial(divided, matrices_and_rest, [BOTH], plain, torch.optim.Muon)
+    torch.testing.assert_close(on_ranks(2, run)[0]["weights"], run()["weights"], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("updates", [[BOTH], [*BOTH]], ids=["joint", "apart"])
+def test_an_update_adds_up_the_gradients_of_its_own_optimizers_alone(updates: list[Any]) -> None:
+    """Each of the two units once in each of the 10 steps, in one update or in two."""
+    run = partial(divided, first_and_last_layer, updates, plain)
+    first, second = on_ranks(2, operations, run)
+    assert first == second
+    assert sum(count for name, count in first.items() if "reduce_scatter" in name) == 20
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_open_windows_of_several_optimizers_go_on_in_one_process_and_back(in_parts: bool, tmp_path: Path) -> None:
+    def saved() -> list[Callback]:
+        return [RunCheckpoint(tmp_path, sharded=in_parts)]
+
+    on_ranks(2, partial(adversarial, 4, sharded, callbacks=saved, stop_at=2))
+    adversarial(4, sharded, callbacks=saved, stop_at=7)
+    results = on_ranks(2, partial(adversarial, 4, sharded, callbacks=saved))
+    assert_alike(results[0], adversarial(4))
+
+
+def train_two(updates: Callable[[Engine, Any], None]) -> None:
+    """Train in the script style, with two networks that have an optimizer each."""
+    parts: dict[str, Any] = {"own": model(), "other": model()}
+    parts |= {f"{name}_optimizer": torch.optim.SGD(net.parameters(), 0.1) for name, net in parts.items()}
+    engine = Engine(**parts, callbacks=[sharded()], seed=0)
+    for _ in engine.epochs(1):
+        for batch in engine.train(data()):
+            updates(engine, batch)
+
+
+def update_the_other(engine: Engine, batch: Any) -> None:
+    engine.update(nn.functional.cross_entropy(engine.parts["own"](batch[0]), batch[1]), optimizer="other_optimizer")
+
+
+def update_after_a_step(engine: Engine, batch: Any) -> None:
+    losses = [nn.functional.cross_entropy(engine.parts["own"](batch[0]), batch[1]) for _ in range(2)]
+    for loss in losses:
+        engine.update(loss, optimizer="own_optimizer")
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "said"),
+    [
+        (update_the_other, DataError, 'gave no gradient to anything that "other_optimizer" holds'),
+        (update_after_a_step, RuntimeError, "modified by an inplace operation"),
+    ],
+)
+def test_updates_that_one_process_refuses_are_refused_on_every_rank(
+    updates: Callable[[Engine, Any], None], error: type[Exception], said: str
+) -> None:
+    """Such as a loss of weights that are gone: a backward pass would gather those that came after them."""
+
+    def attempt() -> None:
+        with pytest.raises(error, match=said):
+            train_two(updates)
+
+    attempt()
+    on_ranks(2, attempt)
 
 
 # The first weights ------------------------------------------------------------------------------------------
@@ -646,8 +776,6 @@ def test_what_cannot_be_sharded_is_refused_when_attached() -> None:
             make(partial(sharded, mesh={"replicate": 2, "shard": 3}), plain)
         with refused(ConfigurationError, "A ModuleList cannot be sharded"):
             make(lambda: Distributed("fsdp", units=["experts"]), plain, _Experts())
-        with refused(ConfigurationError, "trains with one optimizer", "first, second"):
-            Engine(model=net, first=optimizer, second=optimizer, callbacks=[sharded()], seed=0)
         with refused(ConfigurationError, "The parts model and head share parameters"):
             Engine(model=net, head=net.get_submodule("2"), callbacks=[sharded()], seed=0)
         with refused(ConfigurationError, "The optimizer holds parameters of no part"):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from camshaft.callbacks import Accumulate, ClipGradients, Distributed, EarlyStopping, Schedule, WeightAverage
-from camshaft.engine import Callback, Engine, EpochStart, Trainer
+from camshaft.engine import Callback, Engine, EpochStart, Trainer, made_whole
 
 TOLERANCE = 1e-12
 
@@ -111,7 +111,7 @@ def script_style(callbacks: Callable[[], list[Callback]], *, epochs: int = 4) ->
 
 def outcome(engine: Engine, net: nn.Module) -> dict[str, Any]:
     return {
-        "weights": torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()]),
+        "weights": torch.cat([made_whole(parameter).detach().cpu().reshape(-1) for parameter in net.parameters()]),
         "rows": engine.history.rows,
         "reason": engine.history.reason,
         "counters": [engine.epoch, engine.step, engine.num_updates, engine.num_validations],

@@ -57,13 +57,14 @@ def calls(function: Callable[[], Any]) -> Counter[str]:
 Counts = Callable[[Callable[[], Any]], Counter[str]]
 
 
-def by_hand(num: int, *, counted: Counts = operations) -> Counter[str]:
-    net = model()
+def by_hand(num: int, *, device: str = "cpu", counted: Counts = operations) -> Counter[str]:
+    net = model().to(device)
     replica, optimizer = DistributedDataParallel(net), torch.optim.SGD(net.parameters(), 0.1)
 
     def run() -> None:
         for inputs, target in batches(num):
-            nn.functional.cross_entropy(replica(inputs[:3]), target[:3]).backward()
+            output = replica(inputs[:3].to(device))
+            nn.functional.cross_entropy(output, target[:3].to(device)).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -14,9 +15,9 @@ from test_ranks import assert_alike, data, everything_on, fit, function_style, m
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
-from camshaft.callbacks import Accumulate, Compile, Distributed, FreezeUntil, MixedPrecision
+from camshaft.callbacks import Accumulate, Compile, Distributed, FreezeUntil, MixedPrecision, RunCheckpoint
 from camshaft.callbacks.distributed import _Replica
-from camshaft.engine import Callback, ConfigurationError, DataError, Engine, Trainer, repeat
+from camshaft.engine import Callback, ConfigurationError, DataError, Engine, StepEnd, Trainer, at, repeat
 
 Settings = dict[str, Any]
 
@@ -285,19 +286,35 @@ def test_local_batch_normalisation_ends_with_equal_buffers_on_all_ranks() -> Non
 # Updates of one's own ---------------------------------------------------------------------------------------
 
 
-def adversarial(every: int) -> dict[str, Any]:
-    """Train a small pair of networks, each with an optimizer of its own."""
+def adversarial(
+    every: int,
+    distributed: Callable[[], Distributed] = Distributed,
+    *,
+    is_detached: bool = True,
+    callbacks: Callable[[], list[Callback]] = list,
+    stop_at: int | None = None,
+) -> dict[str, Any]:
+    """Train a small pair of networks, each with an optimizer of its own.
+
+    Args:
+        every: how many batches make an update.
+        distributed: makes the handler of the ranks.
+        is_detached: whether the critic's loss is cut off from the generator.
+        callbacks: makes the others; with a RunCheckpoint among them the run goes on from what is there.
+        stop_at: the step after which the run is interrupted.
+    """
     torch.manual_seed(3)
     generator, critic = nn.Linear(5, 5).double(), nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     judge = nn.functional.binary_cross_entropy_with_logits
 
     def step(engine: Engine, batch: Any) -> dict[str, Tensor]:
         inputs = batch[0]
-        real, fake = critic(inputs), critic(generator(inputs.flip(1)).detach())
+        made = generator(inputs.flip(1))
+        real, fake = critic(inputs), critic(made.detach() if is_detached else made)
         critic_loss = judge(real, torch.ones_like(real)) + judge(fake, torch.zeros_like(fake))
         if engine.training:
             engine.update(critic_loss, optimizer="d")
-        fooled = critic(generator(inputs.flip(1)))
+        fooled = critic(made)
         generator_loss = judge(fooled, torch.ones_like(fooled))
         if engine.training:
             engine.update(generator_loss, optimizer="g")
@@ -309,10 +326,13 @@ def adversarial(every: int) -> dict[str, Any]:
         critic=critic,
         g=torch.optim.SGD(generator.parameters(), 0.1, momentum=0.9),
         d=torch.optim.Adam(critic.parameters(), 1e-2),
-        callbacks=[Distributed(), *([Accumulate(every)] if every > 1 else [])],
+        callbacks=[distributed(), *([Accumulate(every)] if every > 1 else []), *callbacks()],
         seed=7,
     )
-    engine.fit(data(35, batch_size=8), data(5, shuffle=False), epochs=2)
+    if stop_at is not None:
+        engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(stop_at))
+    resume = "auto" if any(isinstance(one, RunCheckpoint) for one in engine.listeners.callbacks) else None
+    engine.fit(data(35, batch_size=8), data(5, shuffle=False), epochs=2, resume=resume)
     return outcome(engine, nn.ModuleList([generator, critic]))
 
 

@@ -505,7 +505,7 @@ def test_a_loss_for_the_wrong_optimizer_is_refused(window: int, scaler: str | No
 
     engine = Engine(step, slow=duel.slow, fast=duel.fast, discriminator=duel.discriminator, callbacks=duel.callbacks)
     engine.update.use_scaler(None if scaler is None else torch.amp.GradScaler("cpu"))
-    with pytest.raises(DataError, match=r'gave no gradient to anything that "slow" holds\. Name the optimizer'):
+    with pytest.raises(DataError, match=r'gave no gradient to anything that "slow" holds\. Pass the name'):
         engine.fit(class_batches(8), epochs=1)
 
 
