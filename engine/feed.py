@@ -227,11 +227,11 @@ class Feed:
             _set_loader_state(data, loader)
 
         if self._ranks is not None and consumed and (self._has_places or stateful is not None):
-            rewind()
+            rewind()  # for what a stand-in is computed with, once the data have ended
             first = next(self._from_beginning(data, state["epoch"]), None)
             restore()
         if state["has_ended"] and self._has_places:
-            batches: Iterator[Any] = iter(())  # those of a loader would be skipped, and all restored, when it is read
+            batches: Iterator[Any] = iter(())  # a loader restores when it is read, and this one is not
         elif self._seeded is not None:
             batches = self._seeded.begin(state["epoch"], skip=consumed)
         elif stateful is not None:
