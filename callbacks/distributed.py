@@ -78,7 +78,8 @@ class Distributed(Callback):
         init: of "fsdp": ``init(model)`` gives a model of the meta device its first weights. It is called on rank 0,
             with the whole model; by default every layer's ``reset_parameters`` is.
         data: "divided" divides each batch among the ranks; "sharded" says that every rank's data are its own already,
-            and adds up their numbers of samples in each step.
+            and adds up their numbers of samples in each step. A rank whose data end before those of the others
+            computes the first batch of the pass again, with a weight of zero.
         batch_norm: "sync" refuses batch normalisation over a rank's own samples, which gives other weights than one
             process; "local" allows it.
         find_unused_parameters: as for `DistributedDataParallel`: for models of which a step may leave some out.

@@ -183,7 +183,7 @@ def _in_fresh_process(command: list[str], trial: Trial) -> str:
 def digests(engine: Engine) -> Digests:
     """Return a digest of each piece of the engine's state, by what it is."""
     state = run_state(engine)
-    pieces = {"counters": "counters", "run": "position", "update": "updates", "ranks": "random numbers and averages"}
+    pieces = {"counters": "counters", "run": "position", "update": "updates", "ranks": "what each rank has"}
     named = {text: state[name] for name, text in (*pieces.items(), ("history", "history"))}
     named |= {f"part {name}": part for name, part in state["parts"].items()}
     named |= {f"handler {name}": own for name, own in state["callbacks"].items()}

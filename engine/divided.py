@@ -1,4 +1,7 @@
-"""Data divided among ranks: each reads its part of every batch, and knows how much that is of the whole."""
+"""The data of several ranks: each knows how much its batch is of what all of them have read.
+
+They are divided, so that each rank reads its part of every batch; or each rank's data are its own already.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +37,12 @@ class Division:
         self._ranks = ranks
         self._kept: dict[int, tuple[Data, Divided]] = {}  # loaders with workers that persist
 
-    @property
-    def divides(self) -> bool:
-        """Whether a rank has its part of the data, and not data of its own."""
-        return self._ranks.divides
-
     def of(self, name: str, data: Data) -> Divided:
         """Return this rank's part of ``data``.
 
         Raises:
             ConfigurationError: if it cannot be divided.
         """
-        if not self._ranks.divides:
-            return _OwnData(data, self._ranks)
         if SeededLoader.fits(data):
             return self._of_loader(data, is_resumed=name == "train")
         if isinstance(data, Sequence):
@@ -56,6 +52,12 @@ class Division:
             'Pass a DataLoader over a map-style dataset, or a list; or write Distributed(data="sharded") if every '
             "rank's data are its own already."
         )
+
+    def read(self, name: str, data: Data) -> Pairs:
+        """Return this rank's batches of a data set that is evaluated, each with its share."""
+        if self._ranks.divides:
+            return self.of(name, data).begin(0, skip=0)
+        return OwnBatches(one_pass(data), self._ranks)
 
     def _of_loader(self, loader: DataLoader[Any], *, is_resumed: bool) -> Divided:
         if id(loader) in self._kept:
@@ -98,28 +100,42 @@ class _DividedList:
             yield self._ranks.share(whole), cut(batch, begin, end if end > begin else begin + 1, whole)
 
 
-class _OwnData:
-    """Every rank's data are its own; how many samples all of them have is asked at each batch."""
+class OwnBatches:
+    """A pass over this rank's own data, which ends when all ranks' passes have ended.
 
-    def __init__(self, data: Data, ranks: Ranks) -> None:
-        self._data = data
+    How many samples all of them have is asked at each batch. A rank whose data have ended before computes the first
+    batch of its pass again, as a stand-in: the one that a resumed run can read without reading all others.
+
+    Args:
+        batches: those of this rank.
+        ranks: all of them.
+        first: the first batch of the pass, if ``batches`` begin after it.
+        has_ended: whether there are no more batches.
+    """
+
+    def __init__(self, batches: Iterator[Any], ranks: Ranks, *, first: Any = None, has_ended: bool = False) -> None:
+        self._batches = batches
         self._ranks = ranks
+        self._first = first
+        self.has_ended = has_ended
 
-    def begin(self, epoch: int, *, skip: int) -> Pairs:
-        batches, last = one_pass(self._data), None
-        for number in itertools.count():
-            batch = next(batches, None)
-            here = 0 if batch is None else num_samples(batch)
-            whole, squares, num_ranks = self._ranks.sum(torch.tensor([here, here**2, batch is not None])).tolist()
-            if not num_ranks:
-                return
-            last = batch if batch is not None else last
-            if last is None:
-                raise DataError(
-                    f"Rank {self._ranks.rank} has no batch, and other ranks have some. Give every rank at least one."
-                )
-            if number >= skip:
-                yield Share(here, whole, is_even=self._ranks.world * squares == whole**2), last
+    def __iter__(self) -> Iterator[tuple[Share, Any]]:
+        return self
+
+    def __next__(self) -> tuple[Share, Any]:
+        batch = None if self.has_ended else next(self._batches, None)
+        self.has_ended = batch is None
+        here = 0 if batch is None else num_samples(batch)
+        whole, squares, num_ranks = self._ranks.sum(torch.tensor([here, here**2, batch is not None])).tolist()
+        if not num_ranks:
+            raise StopIteration
+        self._first = batch if self._first is None else self._first
+        if self._first is None:
+            raise DataError(
+                f"Rank {self._ranks.rank} has no batch, and other ranks have some. Give every rank at least one."
+            )
+        share = Share(here, whole, is_even=self._ranks.world * squares == whole**2)
+        return share, self._first if batch is None else batch
 
 
 class _HasStage(Protocol):

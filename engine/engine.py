@@ -504,7 +504,7 @@ class Engine:
         """Return the batches of an evaluation, of which each of several ranks reads its part."""
         if not self.ranks.several:
             return one_pass(data)
-        return take_shares(self._division.of(name, data).begin(0, skip=0), self)
+        return take_shares(self._division.read(name, data), self)
 
     def _validate(self, val: DataSets | None) -> None:
         if val is not None:
@@ -708,7 +708,7 @@ class Engine:
         step, feed = self._require_step(), self._feed(plan.epoch_length)
         feed.open(train)
         sets = {} if val is None else as_sets("val", val)
-        if self.ranks.several:
+        if self.ranks.several and self.ranks.divides:
             for data in sets.values():
                 self._division.of("val", data)
         if not sets and plan.validate_every is not None:
@@ -719,7 +719,10 @@ class Engine:
         return feed, partial(step.train, self), tuple(sets)
 
     def _feed(self, epoch_length: int | None) -> Feed:
-        return Feed(self.seed, epoch_length, self._division if self.ranks.several else None)
+        ranks = self.ranks
+        if ranks.several and not ranks.divides:
+            return Feed(ranks.seed(self.seed or 0), epoch_length, ranks=ranks)
+        return Feed(self.seed, epoch_length, self._division if ranks.several else None)
 
     def _require_step(self) -> Step:
         if self.stepper is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from .data import (
     repeat,
     samplers,
 )
-from .divided import Divided, Division
+from .divided import Divided, Division, OwnBatches
 from .errors import DataError
+from .ranks import Ranks
 from .rng import generator_states, rng_state, set_generator_states, set_rng_state
 from .seeded import SeededLoader
 
@@ -42,11 +43,15 @@ class Feed:
     The passes of `repeat` are those of what it repeats. They are numbered on from the epoch in which the first one
     began, and with a seed, pass n is that of epoch n.
 
+    Data that each of several ranks has of its own are read in the same way on each, only that a pass ends on all of
+    them at once.
+
     Args:
-        seed: the engine's seed; None uses the data as they are.
+        seed: the engine's seed, or this rank's for data of its own; None uses the data as they are.
         epoch_length: batches of an epoch, if it is not one pass: then the epochs share one pass, and each continues
             where the one before stopped.
         division: how the data are divided among several ranks; then each batch comes with this rank's share of it.
+        ranks: all of them, if each has data of its own; then, too, each batch comes with its share.
 
     Attributes:
         data: the present data set, without `repeat`; None until one was opened.
@@ -54,10 +59,15 @@ class Feed:
     """
 
     def __init__(
-        self, seed: int | None = None, epoch_length: int | None = None, division: Division | None = None
+        self,
+        seed: int | None = None,
+        epoch_length: int | None = None,
+        division: Division | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._seed = seed
         self._division = division
+        self._ranks = ranks
         self._epoch_length = epoch_length
         self._given: Data | None = None
         self.data: Data | None = None
@@ -110,9 +120,13 @@ class Feed:
         """Begin a pass."""
         assert self.data is not None
         rng = rng_state() | {"loader": _loader_state(self.data)}
-        batches = one_pass(self.data) if self._seeded is None else self._seeded.begin(number, skip=0)
-        self._pass = _Pass(number, step, rng, batches)
+        batches = self._from_beginning(self.data, number)
+        self._pass = _Pass(number, step, rng, batches if self._ranks is None else OwnBatches(batches, self._ranks))
         return self._pass
+
+    def _from_beginning(self, data: Data, number: int) -> Iterator[Any]:
+        """Return all batches of a pass, of this rank's own data without the other ranks."""
+        return one_pass(data) if self._seeded is None else self._seeded.begin(number, skip=0)
 
     def _repeated(self, now: _Pass, step: int) -> Iterator[Any]:
         """Yield the batches of a pass and of those after it, without an end."""
@@ -152,16 +166,14 @@ class Feed:
     def jump(self, epoch: int, skips: int) -> None:
         """Let the next epoch begin a pass; after ``skips`` batches of it, if these need not be read for that."""
         self._pass = self._saved = None
-        if skips and (self._seeded is not None or has_positions(self.data) or _is_plain(self.data)):
+        if skips and self._has_places:
             loader = _loader_state(self.data)
-            rng = rng_state() | {"loader": loader}
-            self._saved = {"loader": loader, "pass": {"epoch": epoch, "consumed": skips, "rng": rng, "own": None}}
+            position = {"epoch": epoch, "consumed": skips, "rng": rng_state() | {"loader": loader}, "own": None}
+            self._saved = {"loader": loader, "pass": position | {"has_ended": None}}
 
     def exactness(self) -> str:
         """Return how exactly a run over the present data can be resumed, in words."""
         data, is_seeded = self.data, self._seeded is not None
-        if self._division is not None and not self._division.divides:
-            return "not known (each rank reads data of its own)"
         if is_stateful(data):
             return "as exact as the loader's own state_dict"
         if isinstance(data, DataLoader) and data.num_workers and not is_seeded and _is_unknown(data):
@@ -190,6 +202,7 @@ class Feed:
             "consumed": step - now.first_step,
             "rng": now.rng,
             "own": self.data.state_dict() if is_stateful(self.data) else None,
+            "has_ended": now.batches.has_ended if isinstance(now.batches, OwnBatches) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -201,24 +214,46 @@ class Feed:
         self._pass, self._saved = None, state
 
     def _resumed(self, state: dict[str, Any], loader: dict[str, Any], step: int) -> _Pass:
-        data, consumed, now = self.data, state["consumed"], rng_state()
+        data, consumed, now, first = self.data, state["consumed"], rng_state(), None
         assert data is not None
+        stateful = data if state["own"] is not None and is_stateful(data) else None
+
+        def rewind() -> None:
+            set_rng_state(state["rng"])
+            _set_loader_state(data, state["rng"]["loader"])
 
         def restore() -> None:
             set_rng_state(now)
             _set_loader_state(data, loader)
 
-        if self._seeded is not None:
+        if self._ranks is not None and consumed and (self._has_places or stateful is not None):
+            rewind()  # for what a stand-in is computed with, once the data have ended
+            first = next(self._from_beginning(data, state["epoch"]), None)
+            restore()
+        if state["has_ended"] and self._has_places:
+            batches: Iterator[Any] = iter(())  # a loader restores when it is read, and this one is not
+        elif self._seeded is not None:
             batches = self._seeded.begin(state["epoch"], skip=consumed)
-        elif state["own"] is not None and is_stateful(stateful := data):
+        elif stateful is not None:
             stateful.load_state_dict(state["own"])
             batches = one_pass(data)
             restore()  # a loader draws a seed for its workers when a pass begins
-        else:
-            set_rng_state(state["rng"])
-            _set_loader_state(data, state["rng"]["loader"])
+        elif self._has_places:
+            rewind()
             batches = _skip_batches(data, consumed, restore)
+        else:
+            rewind()
+            batches = one_pass(data)
+            first = _read_past(batches, consumed)
+            restore()
+        if self._ranks is not None:
+            batches = OwnBatches(batches, self._ranks, first=first, has_ended=bool(state["has_ended"]))
         return _Pass(state["epoch"], step - consumed, state["rng"], batches)
+
+    @property
+    def _has_places(self) -> bool:
+        """Whether a batch can be read without those before it."""
+        return self._seeded is not None or has_positions(self.data) or _is_plain(self.data)
 
 
 def _loader_state(data: object) -> dict[str, Any]:
@@ -296,20 +331,23 @@ class _SkippingSampler:
         yield from items
 
 
-def _skip_batches(data: Data, num: int, on_skipped: Callable[[], None]) -> Iterator[Any]:
-    """Return the batches after the first ``num``, which are not loaded where that can be avoided."""
-    if has_positions(data):
-        if data.batch_sampler is not None:
-            return one_pass(loader_like(data, batch_sampler=_SkippingSampler(data.batch_sampler, num, on_skipped)))
-        return one_pass(loader_like(data, sampler=_SkippingSampler(data.sampler, num, on_skipped), batch_size=None))
-    if isinstance(data, Sequence) and _is_plain(data):
+def _skip_batches(data: Any, num: int, on_skipped: Callable[[], None]) -> Iterator[Any]:
+    """Return the batches after the first ``num`` of a loader or a list, which are not loaded."""
+    if not has_positions(data):
         on_skipped()
         return itertools.islice(data, num, None)
-    batches = one_pass(data)
-    for _ in itertools.islice(batches, num):
+    if data.batch_sampler is not None:
+        return one_pass(loader_like(data, batch_sampler=_SkippingSampler(data.batch_sampler, num, on_skipped)))
+    return one_pass(loader_like(data, sampler=_SkippingSampler(data.sampler, num, on_skipped), batch_size=None))
+
+
+def _read_past(batches: Iterator[Any], num: int) -> Any:
+    """Read ``num`` batches, and return the first of them; None if there is none."""
+    passed = itertools.islice(batches, num)
+    first = next(passed, None)
+    for _ in passed:
         pass
-    on_skipped()
-    return batches
+    return first
 
 
 def _is_plain(data: object) -> bool:

@@ -15,7 +15,7 @@ import torch
 from .errors import CheckpointError
 from .table import Table
 
-FORMAT = 6
+FORMAT = 7
 
 
 def migrated(state: Any) -> Any:
@@ -122,12 +122,22 @@ def _from_5(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _from_6(state: dict[str, Any]) -> dict[str, Any]:
+    """Each rank has a position in the data. There was rank 0's alone, whose loader's state is none of the others'."""
+    run, ranks = dict(state["run"]), state["ranks"]
+    if (data := run.pop("data")) is not None and data["pass"] is not None:
+        position = data["pass"] | {"has_ended": None}
+        data = data | {"pass": position if len(ranks) == 1 else position | {"own": None}}
+    return state | {"run": run, "ranks": [rank | {"data": data} for rank in ranks]}
+
+
 _STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _from_1,
     2: _from_2,
     3: _from_3,
     4: _from_4,
     5: _from_5,
+    6: _from_6,
 }
 
 

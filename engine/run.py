@@ -495,8 +495,8 @@ class Run:
 
     # Its state ---------------------------------------------------------------------------------------------
 
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what a later run needs to continue from here, after ``step``."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs to continue from here, but for the position in the data."""
         return {
             "plan": {"epochs": self.plan.epochs, "max_steps": self.plan.max_steps},
             "first_epoch": self.first_epoch,
@@ -512,7 +512,6 @@ class Run:
             "num_validated": self._num_validated,
             "validation_was_cut": self.validation_was_cut,
             "last_validation": self.last_validation,
-            "data": self.feed.state_dict(step),
         }
 
     def load_state_dict(self, state: dict[str, Any], record: Record, step: int) -> None:
@@ -534,7 +533,6 @@ class Run:
         self._num_validated = self._num_validations_to_skip = state["num_validated"]
         self.validation_was_cut = state["validation_was_cut"]
         self.last_validation = dict(state["last_validation"])
-        self.feed.load_state_dict(state["data"])
 
     def _goal(self) -> tuple[float, float]:
         epochs, steps = self.plan.epochs, self.plan.max_steps

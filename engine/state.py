@@ -18,6 +18,7 @@ from .callback import Callback
 from .checkpoint import CheckpointDirectory, check_plain, load_verified
 from .errors import CheckpointError, ConfigurationError
 from .migration import FORMAT, migrated
+from .ranks import Ranks
 from .record import Record
 from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
 from .sharded import has_shards, like_module, like_optimizer, made_whole
@@ -48,7 +49,6 @@ _RUN = {
     "num_validated": int,
     "validation_was_cut": bool,
     "last_validation": dict,
-    "data": (dict, NoneType),
 }
 _TABLE = {"columns": list, "values": torch.Tensor, "present": torch.Tensor}
 SHAPE = {
@@ -64,7 +64,7 @@ SHAPE = {
     "history": {"rows": _TABLE, "validations": _TABLE, "validation_sets": list, "remarks": list},
     "callbacks": dict,
 }
-_RANK = {"rng": dict, "train": {"earlier": dict, "meters": dict, "metrics": dict}}
+_RANK = {"rng": dict, "data": (dict, NoneType), "train": {"earlier": dict, "meters": dict, "metrics": dict}}
 
 
 def run_state(engine: Engine, *, gathers: bool = True) -> dict[str, Any]:
@@ -84,10 +84,16 @@ def run_state(engine: Engine, *, gathers: bool = True) -> dict[str, Any]:
         "seed_version": SEED_VERSION,
         "torch": str(torch.__version__),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
-        "run": engine.run.state_dict(engine.step),
+        "run": engine.run.state_dict(),
         "parts": {name: _unwrapped(part).state_dict() for name, part in _stateful_parts(engine).items()},
         "update": engine.update.state_dict(),
-        "ranks": engine.ranks.gather({"rng": rng_state(), "train": engine.stages["train"].state_dict()}),
+        "ranks": engine.ranks.gather(
+            {
+                "rng": rng_state(),
+                "data": engine.run.feed.state_dict(engine.step),
+                "train": engine.stages["train"].state_dict(),
+            }
+        ),
         "history": engine.history.state_dict(),
         "callbacks": {
             name: callback.state_dict() if _is_here(engine, callback) else {}
@@ -231,6 +237,7 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
     undo.callback(engine.history.load_state_dict, engine.history.state_dict())
     engine.history.load_state_dict(state["history"])
     engine.run.load_state_dict(state["run"], record, state["counters"]["step"])
+    _load_position(engine, state["ranks"])
     undo.callback(set_rng_state, rng_state())
     _load_rng(engine, state["ranks"], state["counters"]["step"])
     for name, module in modules.items():
@@ -251,6 +258,13 @@ def _load_record(engine: Engine, states: list[dict[str, Any]], record: Record) -
     else:
         record.reset()
         record.expect(states[0]["meters"])
+
+
+def _load_position(engine: Engine, states: list[dict[str, Any]]) -> None:
+    """Load this rank's position in the data; in data that are divided, it is the same on all."""
+    ranks = engine.ranks
+    rank = ranks.rank if ranks.world == len(states) or not ranks.divides else 0
+    engine.run.feed.load_state_dict(states[rank]["data"] if rank < len(states) else None)
 
 
 def _load_rng(engine: Engine, states: list[dict[str, Any]], step: int) -> None:
@@ -341,6 +355,7 @@ def _check_fit(engine: Engine, state: dict[str, Any], source: Path, *, is_comple
             f"{source} was written with seed={state['seed']} (version {state['seed_version']}), and this run has "
             f"seed={engine.seed} (version {SEED_VERSION}): its data would come in another order. Pass the same seed."
         )
+    _check_position(engine.ranks, state["ranks"], source)
     parts, saved = _stateful_parts(engine), state["parts"]
     problems = [f"part {name} is missing in the file" for name in parts.keys() - saved.keys()]
     if is_complete:
@@ -352,6 +367,25 @@ def _check_fit(engine: Engine, state: dict[str, Any], source: Path, *, is_comple
             f"{source} does not fit this run: {_first_of(problems)}. "
             "Build the parts as they were when it was written; nothing was loaded."
         )
+
+
+def _check_position(ranks: Ranks, states: list[dict[str, Any]], source: Path) -> None:
+    """Refuse a checkpoint within a pass over data of the ranks' own, if this run has other ranks.
+
+    A file of format 6 does not say whose the data were.
+    """
+    passes = [one for rank in states if isinstance(one := (rank["data"] or {}).get("pass"), dict)]
+    was_own, is_own = any(one.get("has_ended") is not None for one in passes), not ranks.divides
+    if passes and (was_own or is_own) and (not is_own or ranks.world != len(states)):
+        raise CheckpointError(
+            f"{source} lies within a pass over the data of {_in_words(len(states), was_own)}, and this run has "
+            f"{_in_words(ranks.world, is_own)}. "
+            "Use as many ranks with their data, or a checkpoint between two passes, as at the end of an epoch."
+        )
+
+
+def _in_words(num_ranks: int, have_own_data: bool) -> str:
+    return f"{num_ranks} rank{'s' * (num_ranks > 1)}{', each with its own' * have_own_data}"
 
 
 def _first_of(problems: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .callback import Callback
     from .engine import Engine
 
+_POSITION = {"epoch", "consumed", "rng", "own", "has_ended"}
+
 
 def impossible_values(engine: Engine, state: dict[str, Any], callbacks: Mapping[str, Callback]) -> list[str]:
     """Return, in words, which values of a state no run of this engine has saved.
@@ -31,7 +34,7 @@ def impossible_values(engine: Engine, state: dict[str, Any], callbacks: Mapping[
     """
     return [
         *_in_run(state["run"], state["counters"]),
-        *_in_data(state["run"]["data"], state["counters"]["step"]),
+        *(problem for rank in state["ranks"] for problem in _in_data(rank["data"], state["counters"]["step"])),
         *(f"update: {problem}" for problem in _in_update(engine, state["update"])),
         *(f"train: {problem}" for rank in state["ranks"] for problem in _in_record(engine, rank["train"])),
         *(f"history: {name} cannot be read" for name in state["history"] if not _is_readable(state["history"][name])),
@@ -77,10 +80,12 @@ def _in_data(data: Any, step: int) -> Iterator[str]:
     position = data["pass"]
     if position is None:
         return
-    if not isinstance(position, dict) or position.keys() != {"epoch", "consumed", "rng", "own"}:
+    if not isinstance(position, dict) or position.keys() != _POSITION:
         yield "data: pass is not a position"
     elif type(position["epoch"]) is not int or type(position["consumed"]) is not int:
         yield "data: its counters are not whole numbers"
+    elif type(position["has_ended"]) not in (bool, NoneType):
+        yield "data: whether they have ended is not known"
     elif not 0 <= position["consumed"] <= step or not 0 <= position["epoch"] < 2**63:
         yield f"data: {position['consumed']:.6g} batches of epoch {position['epoch']:.6g} at step {step:.6g}"
     elif not _can_be_set(position["rng"]) or not _is_loader(position["rng"].get("loader")):

@@ -26,7 +26,6 @@ from torch.utils.data import (
 
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, repeat
 from camshaft.engine.data import check_data, num_batches
-from camshaft.engine.divided import Division
 from camshaft.engine.feed import Feed
 from camshaft.engine.ranks import Ranks
 from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
@@ -423,12 +422,14 @@ def test_how_exactly_a_run_can_be_resumed_is_said_in_words(data: Any, seeded: bo
     assert feed.exactness() == words or (words != "bit-identical" and feed.exactness().startswith(words))
 
 
-def test_of_data_that_each_rank_has_of_its_own_it_is_not_known() -> None:
-    ranks = Ranks()
-    ranks.divides = False
-    feed = Feed(0, division=Division(0, ranks))
-    feed.open(DataLoader(Plain(torch.ones(4))))
-    assert feed.exactness() == "not known (each rank reads data of its own)"
+@pytest.mark.parametrize(
+    "data", [DataLoader(Doubled(4), num_workers=2), DataLoader(Stream()), [1, 2], DataLoader(Doubled(4), None)]
+)
+def test_of_data_that_each_rank_has_of_its_own_the_words_are_those_of_one_process(data: Any) -> None:
+    own, alone = Feed(0, ranks=Ranks()), Feed(0)
+    own.open(data)
+    alone.open(data)
+    assert own.exactness() == alone.exactness()
 
 
 def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

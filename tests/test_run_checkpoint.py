@@ -431,7 +431,7 @@ def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     files = RunCheckpoint(tmp_path).checkpoints
     state = torch.load(files.files()[0].path, weights_only=True) | {"format": 99}
     files.save(state, 14)
-    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads formats up to 6"):
+    with pytest.raises(CheckpointError, match="format 99, and this camshaft reads formats up to 7"):
         run(build(tmp_path, "plain", None), resume="auto")
 
 

@@ -128,7 +128,7 @@ def assert_refused_as_format(directory: Path, value: object) -> None:
     state = saved_state(directory) | {"format": value}
     RunCheckpoint(directory).checkpoints.save(state, 2)
     trainer = trainer_in(directory)
-    with refused(CheckpointError, f"has format {value!r}, and this camshaft reads formats up to 6."):
+    with refused(CheckpointError, f"has format {value!r}, and this camshaft reads formats up to 7."):
         trainer.fit(class_batches(4, 4), epochs=2, resume="auto")
     assert trainer.step == 0
 
