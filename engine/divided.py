@@ -119,7 +119,7 @@ class _OwnData:
                     f"Rank {self._ranks.rank} has no batch, and other ranks have some. Give every rank at least one."
                 )
             if number >= skip:
-                yield Share(here, whole, is_even=self._ranks.world * squares == whole**2), last
+                yield Share(here, whole, is_even=self._ranks.data_world * squares == whole**2), last
 
 
 class _HasStage(Protocol):
