@@ -39,7 +39,7 @@ from camshaft.engine import (
     parameters_of,
 )
 
-from .fsdp import FullyShard, Initialise, check_held
+from .fsdp import FullyShard, Initialise, Parallelise, check_held
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -70,7 +70,12 @@ class Distributed(Callback):
     Args:
         kind: "replicate" or "fsdp".
         mesh: of "fsdp": ``{"replicate": 2, "shard": 4}`` cuts weights into 4 parts, and holds each on 2 ranks; by
-            default they are cut into as many as there are ranks.
+            default they are cut into as many as there are ranks. ``{"shard": 4, "tensor": 2}`` lets 2 neighbouring
+            ranks compute each layer together (tensor parallelism), and divides each batch among the 4 pairs.
+        parallelize: of "fsdp", for a mesh with "tensor": ``parallelize(model, mesh)`` cuts layers over the mesh of
+            those ranks, by torch's `parallelize_module`. It is called on every rank with each part that has
+            parameters, before these have values. The model must return whole tensors on each rank, as torch's styles
+            do by default at the end of a row. Parameters that are not cut are the same on these ranks.
         units: of "fsdp": names of modules, or patterns such as ``"layers.*"``, which are gathered and freed one by
             one; what is in none of them is gathered as a whole. Of modules within each other, a pattern means the
             outer one.
@@ -88,7 +93,7 @@ class Distributed(Callback):
     Raises:
         ConfigurationError: for settings that cannot work; when attached to an engine on several ranks, if it is not
             the first callback, there is no seed, a batch normalisation is not synchronised, or a model cannot be
-            sharded.
+            sharded or parallelized.
         DataError: in a run, if gradients were not added up because the model was not called as a whole.
     """
 
@@ -99,6 +104,7 @@ class Distributed(Callback):
         kind: Literal["replicate", "fsdp"] = "replicate",
         *,
         mesh: Mapping[str, int] | None = None,
+        parallelize: Parallelise | None = None,
         units: Iterable[str] = (),
         policy: MixedPrecisionPolicy | None = None,
         init: Initialise | None = None,
@@ -109,13 +115,20 @@ class Distributed(Callback):
     ) -> None:
         if kind not in ("replicate", "fsdp"):
             raise ConfigurationError(f'Distributed does not know {kind!r}. Write "replicate" or "fsdp".')
-        self._shards = FullyShard(mesh, units, policy, init, find_unused_parameters=find_unused_parameters)
+        self._shards = FullyShard(
+            mesh, units, policy, init, parallelize=parallelize, find_unused_parameters=find_unused_parameters
+        )
         if kind == "replicate" and (given := self._shards.given()):
             raise ConfigurationError(
                 f'Distributed has {given}, which only "fsdp" takes. Write Distributed("fsdp", ...).'
             )
         if data not in ("divided", "sharded"):
             raise ConfigurationError(f'Distributed has data={data!r}. Write "divided" or "sharded".')
+        if data == "sharded" and parallelize is not None:
+            raise ConfigurationError(
+                'Distributed has data="sharded" and parallelize, whose ranks must read the same samples. '
+                'Write data="divided".'
+            )
         if batch_norm not in ("sync", "local"):
             raise ConfigurationError(f'Distributed has batch_norm={batch_norm!r}. Write "sync" or "local".')
         self.kind = kind
@@ -143,7 +156,7 @@ class Distributed(Callback):
                 "Several ranks need a seed, which makes all of them read the data in one order. Write seed=0."
             )
         start_group(self.timeout)
-        engine.ranks.join(divides=self.data == "divided")
+        engine.ranks.join(divides=self.data == "divided", tensor_size=self._shards.tensor_size)
         engine.listeners.around("fit", lambda: _together(engine))
         for name, module in engine.parts.modules().items():
             self._check_batch_norm(name, module)

@@ -16,20 +16,35 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.distributed.device_mesh import init_device_mesh
 
-from camshaft.engine import ConfigurationError, Engine, did_you_mean, has_shards, parameters_of, state_like
+from camshaft.engine import (
+    ConfigurationError,
+    Engine,
+    can_take,
+    did_you_mean,
+    has_shards,
+    is_sharded,
+    local_part,
+    parameters_of,
+    state_like,
+    tree_map,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 Initialise = Callable[[nn.Module], object]
+Parallelise = Callable[[nn.Module, "DeviceMesh"], object]
+_DIMENSIONS = ("replicate", "shard", "tensor")  # of a mesh, in torch's order: neighbouring ranks are in the last one
 
 
 class FullyShard:
     """Shards the modules of an engine over all ranks.
 
     Args:
-        mesh: how many ranks hold the same part ("replicate") and into how many parts a weight is cut ("shard").
+        mesh: how many ranks hold the same part ("replicate"), into how many parts a weight is cut ("shard"), and how
+            many ranks compute each layer together ("tensor").
+        parallelize: cuts a module's layers over the ranks of "tensor".
         units: patterns over names of modules, each of which is gathered and freed by itself.
         policy: torch's mixed precision of weights and gradients.
         init: gives a model of the meta device its first weights.
@@ -46,9 +61,12 @@ class FullyShard:
         policy: MixedPrecisionPolicy | None,
         init: Initialise | None,
         *,
+        parallelize: Parallelise | None,
         find_unused_parameters: bool,
     ) -> None:
         self.mesh = check_mesh(mesh)
+        self.tensor_size = (self.mesh or {}).get("tensor", 1)
+        self.parallelize = check_parallelize(parallelize, self.mesh)
         self.units = check_units(units)
         self.policy = policy
         self.init = init
@@ -57,7 +75,13 @@ class FullyShard:
 
     def given(self) -> str:
         """Return which of the settings were given, in words."""
-        settings = {"mesh": self.mesh, "units": self.units, "policy": self.policy, "init": self.init}
+        settings = {
+            "mesh": self.mesh,
+            "parallelize": self.parallelize,
+            "units": self.units,
+            "policy": self.policy,
+            "init": self.init,
+        }
         return " and ".join(name for name, value in settings.items() if value)
 
     def make_real(self, engine: Engine) -> None:
@@ -75,10 +99,15 @@ class FullyShard:
         _check_parts(engine, modules)
         units = self._units(modules)
         mesh = self._make_mesh(engine.ranks.world)
+        of_data = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
         for name, module in modules.items():
             earlier = dict(module.named_parameters(remove_duplicate=False))
             weights = self._weights_of_main(engine, name, module)
-            self._shard_module(engine, module, units[name], mesh)
+            if self.parallelize is not None:
+                _forget_weights(module)  # so that nothing is sent while it is cut: they come later
+                self.parallelize(module, mesh["tensor"])
+                _check_parallelized(name, module, earlier, mesh)
+            self._shard_module(engine, module, units[name], mesh[of_data])
             _fill(engine, module, weights, mesh)
             let_optimizers_hold(engine, earlier, module)
             engine.ranks.gathered.update(gathered(module))
@@ -116,9 +145,8 @@ class FullyShard:
         """Return, on rank 0, what the whole module is to begin with; nothing on other ranks."""
 
         def get() -> None:
-            weights.update(
-                tensors_of(made_real(name, copy.deepcopy(module), self.init) if is_meta(module) else module)
-            )
+            real = made_real(name, copy.deepcopy(module), self.init) if is_meta(module) else module
+            weights.update({key: tensor.detach() for key, tensor in tensors_of(real).items()})
 
         weights: dict[str, Tensor] = {}
         engine.ranks.on_main(get)
@@ -146,6 +174,8 @@ class FullyShard:
                     one.set_reduce_scatter_unused_params(True)
         self._sharded.append(module)
         module.register_forward_hook(_free_after_evaluation)
+        if self.parallelize is not None:
+            module.register_forward_hook(_wait_in_evaluation)
 
 
 def check_mesh(mesh: Mapping[str, int] | None) -> dict[str, int] | None:
@@ -157,11 +187,68 @@ def check_mesh(mesh: Mapping[str, int] | None) -> dict[str, int] | None:
     if mesh is None:
         return None
     example = 'Write mesh={"replicate": 2, "shard": 4}.'
-    if not isinstance(mesh, Mapping) or "shard" not in mesh or mesh.keys() - {"replicate", "shard"}:
+    if not isinstance(mesh, Mapping) or "shard" not in mesh or mesh.keys() - set(_DIMENSIONS):
         raise ConfigurationError(f"Distributed has mesh={mesh!r}, which does not say how weights are cut. {example}")
-    if not all(type(size) is int and size > 0 for size in mesh.values()) or mesh["shard"] < 2:
-        raise ConfigurationError(f"Distributed has mesh={mesh!r}, which cuts nothing. {example}")
-    return {name: mesh[name] for name in ("replicate", "shard") if name in mesh}
+    least = {"replicate": 1, "shard": 2, "tensor": 2}
+    if not all(type(size) is int and size >= least[name] for name, size in mesh.items()):
+        raise ConfigurationError(f"Distributed has mesh={mesh!r}, with a size that cuts nothing. {example}")
+    return {name: mesh[name] for name in _DIMENSIONS if name in mesh}
+
+
+def check_parallelize(parallelize: Parallelise | None, mesh: Mapping[str, int] | None) -> Parallelise | None:
+    """Return what cuts the layers.
+
+    Raises:
+        ConfigurationError: if it cannot be called with a module and a mesh, or the mesh has no dimension for it; or if
+            only the mesh has one.
+    """
+    example = "Pass parallelize=lambda model, mesh: parallelize_module(model, mesh, {...})."
+    if parallelize is None and "tensor" in (mesh or {}):
+        raise ConfigurationError(
+            f'Distributed has mesh={mesh!r}, and nothing says which layers the ranks of "tensor" cut. {example}'
+        )
+    if parallelize is not None and not (callable(parallelize) and can_take(parallelize, 2)):
+        raise ConfigurationError(
+            f"Distributed has parallelize={parallelize!r}, which cannot be called with a model and a mesh. {example}"
+        )
+    if parallelize is not None and "tensor" not in (mesh or {}):
+        raise ConfigurationError(
+            f'Distributed has parallelize and mesh={mesh!r}, which has no dimension "tensor" for it. '
+            'Write mesh={"shard": 2, "tensor": 2}.'
+        )
+    return parallelize
+
+
+def _check_parallelized(name: str, module: nn.Module, earlier: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> None:
+    """Refuse a module whose parameters could not be trained as they were cut."""
+    present: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    cut = {key: parameter for key, parameter in present.items() if is_sharded(parameter)}
+    if not cut or any(parameter.device_mesh != mesh["tensor"] for parameter in cut.values()):
+        raise ConfigurationError(
+            f"parallelize has cut no parameter of the part {name} over the mesh that it was given. "
+            f"Look at the names in its plan: the parameters are {', '.join([*earlier][:8])}."
+        )
+    if changed := sorted(present.keys() ^ earlier.keys()):
+        raise ConfigurationError(
+            f"parallelize has renamed parameters of the part {name}: {', '.join(changed[:5])}. "
+            "Let it change modules in place, as parallelize_module does."
+        )
+    of_both = mesh["shard"].size() * mesh["tensor"].size()
+    for key, parameter in cut.items():
+        if parameter.placements[0].is_shard(0) and parameter.shape[0] % of_both:
+            raise ConfigurationError(
+                f"The parameter {key} has shape {list(parameter.shape)}, whose first dimension is cut by both "
+                f'"shard" and "tensor", into {of_both} parts that cannot be of one size. '
+                f"Make it a multiple of {of_both}, or leave its module out of parallelize's plan."
+            )
+    first: dict[nn.Parameter, str] = {}
+    for key, parameter in earlier.items():
+        other = first.setdefault(parameter, key)
+        if present[other] is not present[key]:
+            raise ConfigurationError(
+                f"The parameters {other} and {key} of the part {name} are one, and parallelize has made two of them. "
+                "Let its plan leave out both modules."
+            )
 
 
 def check_units(units: Iterable[str]) -> list[str]:
@@ -317,17 +404,27 @@ def made_real(name: str, module: nn.Module, init: Initialise | None) -> nn.Modul
     return module
 
 
+def _forget_weights(module: nn.Module) -> None:
+    """Put parameters of the meta device in the place of a module's own; those that are one stay one."""
+    empty = {
+        own: nn.Parameter(own.detach().to("meta"), requires_grad=own.requires_grad) for own in module.parameters()
+    }
+    for one in module.modules():
+        one._parameters.update({name: empty[own] for name, own in one._parameters.items() if own is not None})
+
+
 def _fill(engine: Engine, module: nn.Module, weights: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
     """Give every rank its part of rank 0's weights, one by one, and all of its buffers."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     if is_meta(module):
         module.to_empty(device=mesh.device_type)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             own: Any = parameter
-            full = weights[name].detach() if weights else torch.empty(parameter.shape, dtype=parameter.dtype)
-            own.copy_(distribute_tensor(full, own.device_mesh, own.placements))
+            full = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype)
+            placements = [*own.placements, *[Replicate()] * (mesh.ndim - len(own.placements))]
+            local_part(own).copy_(local_part(distribute_tensor(full, mesh, placements)))
         buffers = dict(module.named_buffers())
         for name, buffer in buffers.items():
             if weights:
@@ -339,6 +436,13 @@ def _free_after_evaluation(module: Any, inputs: Any, output: Any) -> None:
     """Let the outermost weights be in parts again, as they are after a backward pass."""
     if not torch.is_grad_enabled():
         module.reshard()
+
+
+def _wait_in_evaluation(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return outputs that have arrived: those of a layer that is cut may still be on their way, as no loss asks."""
+    if torch.is_grad_enabled():
+        return output
+    return tree_map(lambda tensor: tensor.wait() if hasattr(tensor, "wait") else tensor, output)
 
 
 class _WeightedReduceScatter:

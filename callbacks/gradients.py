@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 
-from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, parameters_of, whole_number
+from camshaft.engine import Callback, ConfigurationError, Engine, GradientsReady, parameters_of, whole_number, whole_of
 
 
 class Accumulate(Callback):
@@ -83,10 +84,26 @@ class ClipGradients(Callback):
             if event.optimizer is not event.together[0]:
                 return
             parameters = [parameter for optimizer in event.together for parameter in parameters_of(optimizer)]
-        if self.norm is not None:
+        if self.norm is not None and event.engine.ranks.tensor_size > 1:
+            _clip_on_meshes(parameters, self.norm)
+        elif self.norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.norm)
         elif self.value is not None:
             torch.nn.utils.clip_grad_value_(parameters, self.value)
 
     def __repr__(self) -> str:
         return f"ClipGradients(norm={self.norm}, value={self.value})"
+
+
+def _clip_on_meshes(parameters: Iterable[Any], limit: float) -> None:
+    """Clip as ``clip_grad_norm_`` does, also where some weights lie on another mesh, which torch does not add up.
+
+    Tensor parallelism cuts some of them over one dimension more than the others.
+    """
+    by_mesh: dict[Any, list[Any]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh.setdefault(parameter.device_mesh, []).append(parameter)
+    norms = [whole_of(torch.nn.utils.get_total_norm([one.grad for one in same])) for same in by_mesh.values()]
+    for same in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(same, limit, torch.linalg.vector_norm(torch.stack(norms)))

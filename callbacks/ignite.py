@@ -105,7 +105,7 @@ class Ignite(Callback):
         engine, run = event.engine, event.engine.run
         self._has_seen = self._is_open = False
         if self._ranks.several:
-            _check_ranks([*self._train.metrics(), *self._val.metrics()])
+            _check_ranks([*self._train.metrics(), *self._val.metrics()], self._ranks)
         self._train.start(
             engine,
             epoch=engine.epoch,
@@ -206,12 +206,12 @@ class Ignite(Callback):
         if not saved:
             return
         self._has_seen = True
-        if len(saved) != self._ranks.world and self._is_open and any(saved):
+        if len(saved) != self._ranks.data_world and self._is_open and any(saved):
             raise CheckpointError(
                 f"Metrics of ignite's were saved in the middle of an epoch on {len(saved)} ranks, and cannot be put "
-                f"together for {self._ranks.world}. Resume on as many ranks."
+                f"together for {self._ranks.data_world}. Resume on as many ranks."
             )
-        self._load(saved[self._ranks.rank if len(saved) == self._ranks.world else 0])
+        self._load(saved[self._ranks.data_rank if len(saved) == self._ranks.data_world else 0])
 
     def _load(self, states: list[dict[str, Any] | None]) -> None:
         metrics = self._train.metrics()
@@ -234,9 +234,14 @@ def _state_of(metric: Any) -> dict[str, Any] | None:
     return state
 
 
-def _check_ranks(metrics: list[Any]) -> None:
-    """Refuse metrics that keep every sample: ignite joins only parts of one size."""
+def _check_ranks(metrics: list[Any], ranks: Ranks) -> None:
+    """Refuse metrics of which ignite cannot join those of the ranks, or would count some samples twice."""
     for metric in metrics:
+        if ranks.tensor_size > 1:
+            raise ConfigurationError(
+                f"ignite's {type(metric).__name__} adds up what all ranks have seen, and {ranks.tensor_size} of them "
+                "see the same samples. Use a metric of torchmetrics, or compute it from what predict returns."
+            )
         if any(isinstance(value, list) for value in metric._state_dict_per_rank().values()):
             raise ConfigurationError(
                 f"ignite's {type(metric).__name__} keeps every sample, and ignite can join those of several ranks "

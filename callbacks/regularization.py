@@ -21,6 +21,7 @@ from camshaft.engine import (
     unwrap,
     weights_of,
     whole_number,
+    whole_of,
 )
 
 
@@ -79,7 +80,7 @@ class Penalty(Callback):
 
 def _sum_of_parts(values: Any) -> Any:
     """Return the sum of values that ranks hold in parts."""
-    return values.sum().full_tensor()
+    return whole_of(values.sum())
 
 
 class FreezeUntil(Callback):

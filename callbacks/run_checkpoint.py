@@ -71,6 +71,7 @@ class RunCheckpoint(Callback):
             newest from there. Best weights and logs are not copied.
         sharded: what ranks hold in parts (``Distributed("fsdp")``) is not gathered: each rank writes its own, into a
             directory beside the checkpoint. All ranks must see the directory. It is resumed by any number of ranks.
+            It is refused with tensor parallelism.
         background: copy the state on the training thread and write it on another; one write at a time. Its errors
             are seen at the next save, or at the end of the run.
         on_error: "warn" as described above, or "raise" at the first failure.
@@ -133,6 +134,11 @@ class RunCheckpoint(Callback):
 
     def attach(self, engine: Engine) -> None:
         """Look at the data and at the clock, too; let no other run write in the directory at the same time."""
+        if self.sharded and engine.ranks.tensor_size > 1:
+            raise ConfigurationError(
+                "RunCheckpoint has sharded=True, which knows parts that are cut along one dimension of a mesh, and "
+                "tensor parallelism cuts along a second one. Write sharded=False: then rank 0 gathers the whole."
+            )
         super().attach(engine)
         engine.listeners.around("lock", lambda: self._locked(engine))
         self._first_batch = engine.subscribe(BatchReady, self._say_exactness)
@@ -240,7 +246,7 @@ class RunCheckpoint(Callback):
             return None
         written: list[str | OSError] = [directory] if isinstance(directory, OSError) else []
         if not isinstance(directory, OSError):
-            written = ranks.gather(_or_error(lambda: write_part(directory, ranks.rank, parts)))
+            written = ranks.gather_all(_or_error(lambda: write_part(directory, ranks.rank, parts)))
         errors = [one for one in written if isinstance(one, OSError)]
         state[PART_DIGESTS] = written
         return ranks.on_main(lambda: self._failed(errors[0], then) if errors else self._save(state, engine))

@@ -72,7 +72,7 @@ from .ranks import Ranks, Share, launched_rank, launched_world
 from .rehearsed import Rehearsal
 from .rng import generator_states, preserve_rng, set_generator_states
 from .run import Phase, Run
-from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart
+from .sharded import has_shards, is_sharded, local_part, made_whole, shell_of, state_like, take_apart, whole_of
 from .stages import NOTHING, CurrentStage
 from .state import checkpoints_of, named_callbacks, run_state
 from .step import FunctionStep, Step, SupervisedStep
@@ -175,6 +175,7 @@ __all__ = [
     "shell_of",
     "state_like",
     "take_apart",
+    "whole_of",
     "as_metrics",
     "scalars",
     "Arriving",

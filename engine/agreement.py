@@ -64,7 +64,7 @@ class Agreement(Generic[T]):
         if not self._meets():
             return []
         own, self._decisions = self._decisions, []
-        return [decision for decisions in self._ranks.gather(own) for decision in decisions]
+        return [decision for decisions in self._ranks.gather_all(own) for decision in decisions]
 
     def _meets(self) -> bool:
         if self._decisions and not self._is_held:

@@ -134,7 +134,7 @@ class OwnBatches:
             raise DataError(
                 f"Rank {self._ranks.rank} has no batch, and other ranks have some. Give every rank at least one."
             )
-        share = Share(here, whole, is_even=self._ranks.world * squares == whole**2)
+        share = Share(here, whole, is_even=self._ranks.data_world * squares == whole**2)
         return share, self._first if batch is None else batch
 
 

@@ -44,15 +44,24 @@ class ComputedMetric:
         clone.reset()
         return clone
 
-    def check_ranks(self) -> None:
+    def check_ranks(self, tensor_size: int) -> None:
         """Refuse a metric that several ranks cannot put together.
 
+        Args:
+            tensor_size: how many ranks see the same samples.
+
         Raises:
-            ConfigurationError: for an ignite metric that keeps every sample: ignite joins only parts of one size.
+            ConfigurationError: for an ignite metric that keeps every sample, because ignite joins only parts of one
+                size; and for any of ignite's under tensor parallelism, because ignite adds up all ranks.
         """
-        if not self.is_torchmetrics and any(
-            isinstance(value, list) for value in self.metric._state_dict_per_rank().values()
-        ):
+        if self.is_torchmetrics:
+            return
+        if tensor_size > 1:
+            raise ConfigurationError(
+                f"The ignite metric {self.name!r} adds up what all ranks have seen, and {tensor_size} of them "
+                "see the same samples. Use a metric of torchmetrics, or compute it from what predict returns."
+            )
+        if any(isinstance(value, list) for value in self.metric._state_dict_per_rank().values()):
             raise ConfigurationError(
                 f"The ignite metric {self.name!r} keeps every sample, and ignite can join those of several ranks only "
                 "if all have as many. Take a metric of torchmetrics, or compute it from what predict returns."

@@ -56,9 +56,15 @@ class Ranks:
     Every method that communicates must be called by all ranks, in the same order. It uses torch.distributed's default
     group, which nothing here holds: the threads of a group end when nobody holds it any more.
 
+    Under tensor parallelism, neighbouring ranks compute each layer together and read the same samples. They are one
+    data rank: whatever is divided or added up (`part`, `share`, `sum`, `total`, `gather`) counts them once.
+
     Attributes:
         rank: the number of this process, from 0.
         world: the number of processes.
+        tensor_size: how many ranks are one data rank; 1 without tensor parallelism.
+        data_rank: the number of the data rank that this process belongs to, from 0.
+        data_world: the number of data ranks.
         divides: whether data are divided among the ranks; otherwise each rank's data are its own already.
         is_broken: whether a rank has failed, so that nothing can be asked of all of them any more.
         gathered: of each parameter that ranks hold in parts, the whole one with which the model computes.
@@ -67,6 +73,9 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = 0
         self.world = 1
+        self.tensor_size = 1
+        self.data_rank = 0
+        self.data_world = 1
         self.divides = True
         self.is_broken = False
         self.gathered: dict[nn.Parameter, nn.Parameter] = {}
@@ -75,16 +84,19 @@ class Ranks:
         self._is_on_main = False
         self._on_stated: list[Callable[[], object]] = []
 
-    def join(self, *, divides: bool = True) -> None:
+    def join(self, *, divides: bool = True, tensor_size: int = 1) -> None:
         """Become one of several ranks: those of torch.distributed's default group.
 
         Args:
             divides: whether data are divided among the ranks; False if each rank reads data of its own.
+            tensor_size: how many neighbouring ranks compute each layer together, and read the same samples.
         """
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         self.rank, self.world, self.divides = dist.get_rank(), dist.get_world_size(), divides
+        self.tensor_size = tensor_size
+        self.data_rank, self.data_world = self.rank // tensor_size, self.world // tensor_size
         self._store = PrefixStore(f"camshaft/{next(_numbers)}", _get_default_store())
 
     @property
@@ -99,12 +111,12 @@ class Ranks:
 
     def part(self, size: int) -> tuple[int, int]:
         """Return where this rank's part of ``size`` samples begins and ends; both may be equal."""
-        return size * self.rank // self.world, size * (self.rank + 1) // self.world
+        return size * self.data_rank // self.data_world, size * (self.data_rank + 1) // self.data_world
 
     def share(self, size: int) -> Share:
         """Return what this rank has of ``size`` samples that are divided."""
         begin, end = self.part(size)
-        return Share(end - begin, size, is_even=size % self.world == 0)
+        return Share(end - begin, size, is_even=size % self.data_world == 0)
 
     def leaves_of(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         """Return where a backward pass leaves the gradients of these parameters: also in those that are gathered."""
@@ -114,8 +126,8 @@ class Ranks:
         return learning + [self.gathered[parameter] for parameter in learning if parameter in self.gathered]
 
     def seed(self, seed: int, step: int = 0) -> int:
-        """Return the seed of this rank's global generators; rank 0 has the one of a single process."""
-        return seed if self.is_main and not step else mix(seed, step, self.rank)
+        """Return the seed of this rank's global generators; the first data rank has the one of a single process."""
+        return seed if self.data_rank == 0 and not step else mix(seed, step, self.data_rank)
 
     def on_stated(self, function: Callable[[], object]) -> None:
         """Call a function before each loss is differentiated whose share is not that of the batch that was read."""
@@ -128,20 +140,25 @@ class Ranks:
         return Share(here, self.total(here))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sums over all ranks, element by element; every rank gets the same, to the last bit."""
+        """Return the sums over all data ranks, element by element; every rank gets the same, to the last bit."""
         if self.several:
             import torch.distributed as dist
 
             self._refuse_on_main()
-            values = values.clone()
+            values = values.clone() if self._counts else torch.zeros_like(values)
             dist.all_reduce(values)
         return values
 
     def total(self, number: float) -> float:
-        """Return the sum of a number over all ranks."""
+        """Return the sum of a number over all data ranks."""
         return float(self.sum(torch.tensor(float(number), dtype=torch.float64))) if self.several else number
 
     def gather(self, value: T) -> list[T]:
+        """Return the value of each data rank, that of its first rank, in their order; tensors come on the CPU."""
+        values: list[Any] = self.gather_all(value if self._counts else None)
+        return values[:: self.tensor_size]
+
+    def gather_all(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks; tensors come on the CPU."""
         if not self.several:
             return [value]
@@ -151,6 +168,11 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, tree_map(Tensor.cpu, value))
         return values
+
+    @property
+    def _counts(self) -> bool:
+        """Whether this is the first of the ranks that read the same samples: what it has seen counts for them all."""
+        return self.rank % self.tensor_size == 0
 
     def shared(self, value: T) -> T:
         """Return rank 0's value."""

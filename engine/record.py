@@ -47,7 +47,7 @@ class Record:
             if isinstance(metric, ComputedMetric):
                 self.computed[name] = metric.fresh()
                 if self._ranks.several:
-                    self.computed[name].check_ranks()
+                    self.computed[name].check_ranks(self._ranks.tensor_size)
             else:
                 self.functions[name] = metric
 
@@ -270,7 +270,7 @@ def _summed(totals: dict[str, Total], ranks: Ranks) -> dict[str, Total]:
     mark = zlib.crc32("\n".join(names).encode()) & 0xFFFFF  # 20 bits: its square and a sum of those are exact
     sent = _packed([float(mark), float(mark) ** 2, *pairs])
     received = ranks.sum(sent).tolist()
-    if received[1] * ranks.world != received[0] ** 2:  # equal only if all marks are equal
+    if received[1] * ranks.data_world != received[0] ** 2:  # equal only if all marks are equal
         all_names = [set(one) for one in ranks.gather(names)]
         odd = sorted(all_names[0].union(*all_names) - all_names[0].intersection(*all_names))
         raise DataError(

@@ -34,6 +34,21 @@ def local_part(tensor: Tensor) -> Tensor:
     return part.to_local() if is_sharded(tensor) else tensor
 
 
+def whole_of(tensor: Any) -> Tensor:
+    """Return the whole of a tensor that ranks hold in parts; all of them must call this.
+
+    It is torch's ``full_tensor``, over one dimension of the mesh after the other; torch warns when it does so.
+    """
+    from torch.distributed.tensor import Replicate
+
+    placements = list(tensor.placements)
+    for dim in range(len(placements)):  # first what `fully_shard` has cut, which it did last
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    whole: Tensor = tensor.to_local()
+    return whole
+
+
 def made_whole(value: Any, *, is_kept: bool = True) -> Any:
     """Return nested values with whole tensors, on the CPU, in the place of those that are held in parts.
 
@@ -47,7 +62,7 @@ def made_whole(value: Any, *, is_kept: bool = True) -> Any:
     def gather(tensor: Any) -> Any:
         if not is_sharded(tensor):
             return tensor
-        gathered = tensor.detach().full_tensor()
+        gathered = whole_of(tensor.detach())
         return gathered.cpu() if is_kept else torch.empty(0)
 
     return tree_map(gather, value)

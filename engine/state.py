@@ -60,7 +60,7 @@ SHAPE = {
     "run": _RUN,
     "parts": dict,
     "update": dict,
-    "ranks": list,  # of what each rank has of its own
+    "ranks": list,  # of what each data rank has of its own
     "history": {"rows": _TABLE, "validations": _TABLE, "validation_sets": list, "remarks": list},
     "callbacks": dict,
 }
@@ -250,10 +250,10 @@ def _load(engine: Engine, state: dict[str, Any], undo: ExitStack) -> None:
 
 
 def _load_record(engine: Engine, states: list[dict[str, Any]], record: Record) -> None:
-    """Load this rank's open averages and metrics; of another number of ranks, all are put together on rank 0."""
-    if engine.ranks.world == len(states):
-        record.load_state_dict(states[engine.ranks.rank], engine.parts.device)
-    elif engine.ranks.is_main:
+    """Load this rank's open averages and metrics; of another number of ranks, all are put together on the first."""
+    if engine.ranks.data_world == len(states):
+        record.load_state_dict(states[engine.ranks.data_rank], engine.parts.device)
+    elif engine.ranks.data_rank == 0:
         record.load_state_dict(record.merged(states), engine.parts.device)
     else:
         record.reset()
@@ -269,8 +269,8 @@ def _load_position(engine: Engine, states: list[dict[str, Any]]) -> None:
 
 def _load_rng(engine: Engine, states: list[dict[str, Any]], step: int) -> None:
     """Load this rank's random numbers; those of a rank that the saved run did not have begin at what the seed says."""
-    if engine.ranks.rank < len(states):
-        set_rng_state(states[engine.ranks.rank]["rng"])
+    if engine.ranks.data_rank < len(states):
+        set_rng_state(states[engine.ranks.data_rank]["rng"])
     else:
         seed_everything(engine.ranks.seed(engine.seed or 0, step))
 

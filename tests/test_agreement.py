@@ -40,7 +40,7 @@ class ThreadRanks(Ranks):
     def store(self) -> Store:
         return PrefixStore("agreement", self.group.store)
 
-    def gather(self, value: T) -> list[T]:
+    def gather_all(self, value: T) -> list[T]:
         self.group.values[self.rank] = value
         self.group.barrier.wait()
         values = list(self.group.values)
