@@ -75,7 +75,9 @@ def parts_like(value: Any, own: Any) -> Any:
     if is_sharded(value) or not isinstance(value, Tensor):
         return value
     if isinstance(value, InParts):
-        return value.like(own)
+        if sum(not one.is_replicate() for one in own.placements) == 1:
+            return value.like(own)
+        value = value.whole()
     from torch.distributed.tensor import distribute_tensor
 
     placed = distribute_tensor(value.detach().to(own.device), own.device_mesh, own.placements, src_data_rank=None)
@@ -214,7 +216,7 @@ class InParts(Tensor):
         return whole
 
     def like(self, own: Any) -> Tensor:
-        """Read this rank's part of it, laid out as ``own`` is."""
+        """Read this rank's part of it, laid out as ``own`` is, which is cut along one dimension of its mesh."""
         from torch.distributed.tensor import DTensor
 
         mine = torch.empty(local_part(own).shape, dtype=self.dtype, device="cpu")

@@ -263,7 +263,7 @@ def _load_record(engine: Engine, states: list[dict[str, Any]], record: Record) -
 def _load_position(engine: Engine, states: list[dict[str, Any]]) -> None:
     """Load this rank's position in the data; in data that are divided, it is the same on all."""
     ranks = engine.ranks
-    rank = ranks.rank if ranks.world == len(states) or not ranks.divides else 0
+    rank = ranks.data_rank if ranks.data_world == len(states) or not ranks.divides else 0
     engine.run.feed.load_state_dict(states[rank]["data"] if rank < len(states) else None)
 
 
@@ -376,10 +376,10 @@ def _check_position(ranks: Ranks, states: list[dict[str, Any]], source: Path) ->
     """
     passes = [one for rank in states if isinstance(one := (rank["data"] or {}).get("pass"), dict)]
     was_own, is_own = any(one.get("has_ended") is not None for one in passes), not ranks.divides
-    if passes and (was_own or is_own) and (not is_own or ranks.world != len(states)):
+    if passes and (was_own or is_own) and (not is_own or ranks.data_world != len(states)):
         raise CheckpointError(
             f"{source} lies within a pass over the data of {_in_words(len(states), was_own)}, and this run has "
-            f"{_in_words(ranks.world, is_own)}. "
+            f"{_in_words(ranks.data_world, is_own)}. "
             "Use as many ranks with their data, or a checkpoint between two passes, as at the end of an epoch."
         )
 

@@ -282,6 +282,7 @@ def divided(
     updates: list[Any],
     callbacks: Callbacks,
     first: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    kind: Kind = sharded,
 ) -> dict[str, Any]:
     """Train one model with two optimizers; each update has a forward pass of its own."""
     net = model()
@@ -295,7 +296,7 @@ def divided(
         engine.record(loss=loss)
 
     parts: dict[str, Any] = {"first": first(ours, lr=0.1, momentum=0.9), "second": torch.optim.AdamW(others, 0.01)}
-    engine = Engine(step, model=net, **parts, callbacks=[sharded(), *callbacks()], seed=7)
+    engine = Engine(step, model=net, **parts, callbacks=[kind(), *callbacks()], seed=7)
     engine.fit(data(35, batch_size=8), data(5, shuffle=False), epochs=2)
     return outcome(engine)
 

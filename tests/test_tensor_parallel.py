@@ -13,15 +13,29 @@ import torch
 from helpers import refused
 from ignite.metrics import Accuracy
 from ranks import on_ranks
-from test_fsdp import KINDS, cut, fill, flat, outcome, resume, with_penalty
+from test_fsdp import (
+    BOTH,
+    KINDS,
+    cut,
+    divided,
+    fill,
+    first_and_last_layer,
+    flat,
+    in_parts,
+    outcome,
+    resume,
+    windows,
+    with_penalty,
+)
 from test_fsdp import make as make_trainer
 from test_ranks import accuracy, assert_alike, data, everything_on, model, plain
+from test_ranks_numbers import assert_as_alone
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import scaled_dot_product_attention
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from camshaft.callbacks import BestCheckpoint, Distributed, Ignite, RunCheckpoint
+from camshaft.callbacks import BestCheckpoint, Distributed, Ignite, RunCheckpoint, WeightAverage
 from camshaft.engine import Callback, ConfigurationError, EpochEnd, StepEnd, Trainer, at, is_sharded, local_part
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -123,6 +137,11 @@ def test_ranks_that_compute_layers_together_train_as_one_process_does(
         assert torch.equal(confusion, measured[1])
         assert confusion.sum() == 37
         torch.testing.assert_close(predicted, measured[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("updates", [[BOTH], [*BOTH]], ids=["joint", "apart"])
+def test_a_model_may_have_two_optimizers(updates: list[Any]) -> None:
+    assert_as_alone(4, divided, first_and_last_layer, updates, windows, torch.optim.SGD, tensor_parallel)
 
 
 @pytest.mark.slow
@@ -262,6 +281,18 @@ def test_a_checkpoint_continues_on_ranks_of_every_kind(
     on_ranks(world_before, cut, kinds[before], tmp_path / "run", 11)
     results = on_ranks(world_after, resume, kinds[after], tmp_path / "run")
     assert_alike(results[0], resume(Distributed, tmp_path / "alone"))
+
+
+def continued(kind: Callable[[], Distributed], directory: Path) -> Any:
+    trainer = make_trainer(kind, lambda: [WeightAverage(decay=0.9), RunCheckpoint(directory)])
+    trainer.fit(data(), data(37, shuffle=False, seed=1), epochs=3, resume="auto")
+    return outcome(trainer)
+
+
+def test_a_checkpoint_in_parts_continues_on_ranks_that_cut_layers_in_another_way(tmp_path: Path) -> None:
+    on_ranks(2, in_parts, tmp_path / "run")
+    results = on_ranks(4, continued, tensor_parallel, tmp_path / "run")
+    assert_alike(results[0], continued(Distributed, tmp_path / "alone"))
 
 
 def test_the_best_weights_are_one_plain_file_and_are_restored_on_every_rank(tmp_path: Path) -> None:
