@@ -52,7 +52,10 @@ def small_trainer(limit: int, *callbacks: Callback, **settings: Any) -> Engine:
     return Trainer(model, optimizer, nn.MSELoss(), metrics={"mse": MeanSquaredError()}, callbacks=callbacks)
 
 
-@pytest.mark.parametrize("error", ["no more", "DefaultCPUAllocator: can't allocate memory: you tried to"])
+@pytest.mark.parametrize(
+    "error",
+    ["no more", pytest.param("DefaultCPUAllocator: can't allocate memory: you tried to", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("limit", "halve", "found"), [(1, False, 1), (20, False, 16), (20, True, 20), (27, True, 26), (31, True, 30)]
 )

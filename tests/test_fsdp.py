@@ -707,6 +707,7 @@ def test_a_checkpoint_in_parts_is_kept_elsewhere_with_its_parts(
     assert torch.equal(load_verified(file.path)["weights"], torch.full((4,), 1.0))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_call_of_a_save_in_parts_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     calls: list[str] = []
     seen = set()

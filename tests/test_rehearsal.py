@@ -489,6 +489,7 @@ def run_script(directory: Path, planted: str = "pass") -> subprocess.CompletedPr
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_script_is_resumed_in_a_fresh_process_bit_for_bit(tmp_path: Path) -> None:
     """Also at its second rehearsal, which has a RunCheckpoint; the first is resumed from a state of its own."""
     done = run_script(tmp_path)

@@ -209,6 +209,7 @@ def test_a_step_is_the_one_that_the_run_has_made(style: str, options: str, made:
     assert (place / "tail.txt").read_text() == "the end"
 
 
+@pytest.mark.slow
 def test_a_step_that_is_another_is_told(made: Callable[..., Path]) -> None:
     """Here the command is not that of the run."""
     command = ("--", sys.executable, "train.py", "--drop", "0.5")
@@ -294,8 +295,8 @@ def test_a_run_without_trouble_keeps_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("style", "typed", "shown"),
     [
-        ("trainer", "p inputs.shape", "torch.Size([4, 6])"),
-        ("function", "p batch[0].shape", "torch.Size([4, 6])"),
+        pytest.param("trainer", "p inputs.shape", "torch.Size([4, 6])", marks=pytest.mark.slow),
+        pytest.param("function", "p batch[0].shape", "torch.Size([4, 6])", marks=pytest.mark.slow),
         ("script", "p batch[0].shape", "torch.Size([4, 6])"),
     ],
 )
@@ -328,14 +329,14 @@ def test_a_function_of_the_users_is_called_just_before_the_batch_is_used(made: C
     assert "it is the step of the run." in said
 
 
-@pytest.mark.parametrize("name", ["missing", "not_a_function"])
+@pytest.mark.parametrize("name", ["missing", pytest.param("not_a_function", marks=pytest.mark.slow)])
 def test_a_function_that_is_not_there_is_told(name: str, made: Callable[..., Path]) -> None:
     said = replayed(made("--style trainer"), "last", "--step", "37", "--hook", f"hook.py:{name}", code=1)
     assert f"has no function {name} that can be called with the engine. Write def {name}(engine): ..." in said
     assert "The command ended with exit code 1 and has not made step 37 again." in said
 
 
-@pytest.mark.parametrize("options", ["", "--debug"])
+@pytest.mark.parametrize("options", ["", pytest.param("--debug", marks=pytest.mark.slow)])
 def test_an_error_in_a_loop_of_the_users_is_shown(options: str, made: Callable[..., Path]) -> None:
     place = made("--style script --fail-at 33", code=1)
     said = replayed(place, "last", "--step", "33", *options.split(), typed="c\n")
@@ -450,6 +451,7 @@ trainer.fit(data, epochs=1000)
 """
 
 
+@pytest.mark.slow
 def test_a_step_after_an_order_of_a_second_process_is_the_step_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(STEERED)
     process = subprocess.Popen([sys.executable, "train.py"], cwd=tmp_path)

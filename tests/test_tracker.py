@@ -193,10 +193,8 @@ def needed_package(service: str) -> str:
     ]
 
 
-@pytest.mark.parametrize(
-    "service",
-    [pytest.param(name, marks=() if name == "JsonLines" else pytest.mark.slow) for name in SERVICES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("service", SERVICES)
 def test_a_run_that_is_killed_and_resumed_is_one_run_there_with_no_step_twice(
     service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -528,6 +528,7 @@ def check_states(recorded: Recorded, share: float, path: Path, caplog: pytest.Lo
     return num_states, num_lost
 
 
+@pytest.mark.slow
 def test_a_power_cut_at_some_moments_loses_nothing_that_was_saved(
     recorded: dict[str, Recorded], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
