@@ -229,6 +229,8 @@ class Distributed(Callback):
 
     def on_fit_end(self, event: FitEnd) -> None:
         """End on every rank with the buffers of rank 0, such as what its batch normalisations have seen."""
+        for replica in self._replicas:
+            replica.do_not_weigh()
         if not event.engine.ranks.is_broken:
             event.engine.ranks.copy_from_main(_buffers(event.engine))
 
@@ -256,7 +258,8 @@ class _Replica:
         self._replica: DistributedDataParallel | None = None  # the present one; None while nothing learns
         # The newest, by what learns: a step of two networks that learn in turn sets them free and freezes them.
         self._kept: dict[tuple[bool, ...], DistributedDataParallel] = {}
-        self._weights: list[RemovableHandle] = []  # of the hooks that weigh gradients, if any do
+        # What weighs the gradients of a parameter, with the node of the graph, which must not be made anew.
+        self._weights: dict[nn.Parameter, tuple[Any, RemovableHandle]] = {}
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         if not torch.is_grad_enabled() or not self._engine.training:
@@ -264,16 +267,14 @@ class _Replica:
         learns = [parameter.requires_grad for parameter in self.parameters]
         if learns != self._learns:  # some were frozen or set free
             self._learns = learns
-            self._do_not_weigh()
             self._replica = self._replica_for(tuple(learns))
         if self._replica is None:
             return output
         share = self._engine.current.share
-        if share is not None and share.is_even:
-            if self._weights:
-                self._do_not_weigh()
-        else:
+        if share is None or not share.is_even:
             self.weigh()
+        elif self._weights:
+            self.do_not_weigh()
         self.passes.expect()
         self._replica._pre_forward()  # these two are what torch's own replicate() calls
         return self._replica._post_forward(output)
@@ -284,7 +285,7 @@ class _Replica:
         if not trained:
             return None
         replica = self._kept.pop(learns, None) or self._replicate(trained)
-        self.passes.watch(trained if self._find_unused_parameters else [trained[0], trained[-1]])
+        self.passes.watch(trained, may_leave_out=self._find_unused_parameters)
         self._kept[learns] = replica  # as the newest
         if len(self._kept) > _MOST_REPLICAS:
             del self._kept[next(iter(self._kept))]
@@ -301,24 +302,28 @@ class _Replica:
 
     def weigh(self) -> None:
         """From now on, let gradients count by this rank's share of the batch."""
-        if not self._weights:
-            own = weakref.proxy(self)
-            for parameter in itertools.compress(self.parameters, self._learns):
+        own = weakref.proxy(self)
+        for parameter in self.parameters:
+            if parameter.requires_grad and parameter not in self._weights:
                 node = get_gradient_edge(parameter).node  # comes before torch adds up, and not where one only asks
-                self._weights.append(node.register_prehook(lambda gradients: own._weighted(gradients)))
+                hook = node.register_prehook(lambda gradients: own._weighted(gradients))
+                self._weights[parameter] = node, hook
 
-    def _do_not_weigh(self) -> None:
-        for handle in self._weights:
-            handle.remove()
+    def do_not_weigh(self) -> None:
+        """From now on, let all gradients count as they are."""
+        for _, hook in self._weights.values():
+            hook.remove()
         self._weights.clear()
 
     def _weighted(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return what counts by the share once torch has averaged it; nothing without a share.
+        """Return what counts by the share once torch has averaged it; outside a batch, all of it.
 
         It is not multiplied by 0, because a stand-in's gradient may be NaN.
         """
         share, world = self._engine.current.share, self._engine.ranks.world
-        factor = 0.0 if share is None else share.weight * world
+        if share is None:
+            return gradients
+        factor = share.weight * world
         return tuple(one if one is None else one * factor if factor else torch.zeros_like(one) for one in gradients)
 
     def _replicate(self, parameters: list[nn.Parameter]) -> DistributedDataParallel:
@@ -366,16 +371,20 @@ class _Passes:
         self.lost_one = False
         self._is_expected = False  # whether the model was called, so that torch adds up the next one
         self._reached: list[nn.Parameter] = []
+        self._least = 1  # how many of the watched ones a pass must reach, so that torch adds it up
         self._handles: list[RemovableHandle] = []
 
-    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See the passes that reach these parameters."""
+    def watch(self, parameters: list[nn.Parameter], *, may_leave_out: bool) -> None:
+        """See the passes that reach these parameters, each of which may leave out some, or must not."""
+        self.look()
         for handle in self._handles:
             handle.remove()
+        watched = list(dict.fromkeys(parameters if may_leave_out else (parameters[0], parameters[-1])))
+        self._least = 1 if may_leave_out else len(watched)
         # No function of Python's own, which would cost more than all else that is done here in a step.
         self._reached = []
         note: Callable[[Any], None] = self._reached.append
-        self._handles = [one.register_post_accumulate_grad_hook(note) for one in dict.fromkeys(parameters)]
+        self._handles = [one.register_post_accumulate_grad_hook(note) for one in watched]
 
     def expect(self) -> None:
         """Take note that the model was called."""
@@ -385,9 +394,10 @@ class _Passes:
     def look(self) -> None:
         """See which passes there were."""
         if reached := self._reached:
-            if len(set(map(id, reached))) < len(reached):
+            num_different = len(set(map(id, reached)))
+            if num_different < len(reached):
                 self.lost_one = True
-            self.were_reduced |= self._is_expected
+            self.were_reduced |= self._is_expected and num_different >= self._least
             self._is_expected = False
             reached.clear()
 

@@ -100,17 +100,23 @@ class FullyShard:
         units = self._units(modules)
         mesh = self._make_mesh(engine.ranks.world)
         of_data = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+        num_cut = 0
         for name, module in modules.items():
             earlier = dict(module.named_parameters(remove_duplicate=False))
             weights = self._weights_of_main(engine, name, module)
             if self.parallelize is not None:
                 _forget_weights(module)  # so that nothing is sent while it is cut: they come later
                 self.parallelize(module, mesh["tensor"])
-                _check_parallelized(name, module, earlier, mesh)
+                num_cut += _num_parallelized(name, module, earlier, mesh)
             self._shard_module(engine, module, units[name], mesh[of_data])
             _fill(engine, module, weights, mesh)
             let_optimizers_hold(engine, earlier, module)
             engine.ranks.gathered.update(gathered(module))
+        if self.parallelize is not None and not num_cut:
+            raise ConfigurationError(
+                f"parallelize has cut no parameter of the part{'s' * (len(modules) > 1)} {', '.join(modules)}. "
+                f"Look at the names in its plan: the parameters are {', '.join([*earlier][:8])}."
+            )
         for optimizer in engine.parts.optimizers().values():
             optimizer.register_step_post_hook(partial(_count_step, engine.ranks.gathered))
 
@@ -219,14 +225,14 @@ def check_parallelize(parallelize: Parallelise | None, mesh: Mapping[str, int] |
     return parallelize
 
 
-def _check_parallelized(name: str, module: nn.Module, earlier: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> None:
-    """Refuse a module whose parameters could not be trained as they were cut."""
+def _num_parallelized(name: str, module: nn.Module, earlier: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> int:
+    """Return how many parameters of a module were cut; refuse one that could not be trained as they were."""
     present: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
     cut = {key: parameter for key, parameter in present.items() if is_sharded(parameter)}
-    if not cut or any(parameter.device_mesh != mesh["tensor"] for parameter in cut.values()):
+    if any(parameter.device_mesh != mesh["tensor"] for parameter in cut.values()):
         raise ConfigurationError(
-            f"parallelize has cut no parameter of the part {name} over the mesh that it was given. "
-            f"Look at the names in its plan: the parameters are {', '.join([*earlier][:8])}."
+            f"parallelize has cut parameters of the part {name} over another mesh than it was given. "
+            "Pass that one on to parallelize_module."
         )
     if changed := sorted(present.keys() ^ earlier.keys()):
         raise ConfigurationError(
@@ -249,6 +255,7 @@ def _check_parallelized(name: str, module: nn.Module, earlier: Mapping[str, nn.P
                 f"The parameters {other} and {key} of the part {name} are one, and parallelize has made two of them. "
                 "Let its plan leave out both modules."
             )
+    return len(cut)
 
 
 def check_units(units: Iterable[str]) -> list[str]:

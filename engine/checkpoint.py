@@ -113,12 +113,12 @@ class CheckpointDirectory:
     def load_newest(self, *, reads: bool = True) -> tuple[dict[str, Any], Path] | None:
         """Return the newest checkpoint that is complete, and its path; None if there are no checkpoints.
 
+        A damaged one is put aside with a warning that says why, and the one before it is used. Only a wrong digest is
+        damage: a file that cannot be read now may be read at the next try.
+
         Args:
             reads: whether to read what several ranks have written in parts, whole; otherwise it is read when it is
                 needed, as far as it is.
-
-        A damaged one is put aside with a warning that says why, and the one before it is used. Only a wrong digest is
-        damage: a file that cannot be read now may be read at the next try.
 
         Raises:
             CheckpointError: if a file cannot be read or loaded; or if there are files, but every one is damaged.

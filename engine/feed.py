@@ -89,6 +89,9 @@ class Feed:
         while isinstance(self.data, repeat):
             self.data = self.data.data
         self.length = num_batches(data)
+        if self._ranks is not None:  # a pass ends when the longest does
+            lengths = self._ranks.gather_all(self.length)
+            self.length = None if None in lengths else max(lengths, key=lambda length: length or 0)
         if self.length is not None and self._epoch_length is not None and self.length < self._epoch_length:
             raise DataError(_too_short(self.length, self._epoch_length, "an epoch"))
         self._seeded = None

@@ -123,12 +123,11 @@ def _from_5(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_6(state: dict[str, Any]) -> dict[str, Any]:
-    """Each rank has a position in the data. There was rank 0's alone, whose loader's state is none of the others'."""
-    run, ranks = dict(state["run"]), state["ranks"]
+    """Each rank has a position in the data, which was the same on all: of data of their own, it was rank 0's alone."""
+    run = dict(state["run"])
     if (data := run.pop("data")) is not None and data["pass"] is not None:
-        position = data["pass"] | {"has_ended": None}
-        data = data | {"pass": position if len(ranks) == 1 else position | {"own": None}}
-    return state | {"run": run, "ranks": [rank | {"data": data} for rank in ranks]}
+        data = data | {"pass": data["pass"] | {"has_ended": None}}
+    return state | {"run": run, "ranks": [rank | {"data": data} for rank in state["ranks"]]}
 
 
 _STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {

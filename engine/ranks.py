@@ -130,7 +130,7 @@ class Ranks:
         return seed if self.data_rank == 0 and not step else mix(seed, step, self.data_rank)
 
     def on_stated(self, function: Callable[[], object]) -> None:
-        """Call a function before each loss is differentiated whose share is not that of the batch that was read."""
+        """Call a function before gradients are computed whose share is not that of the batch that was read."""
         self._on_stated.append(function)
 
     def stated_share(self, here: float) -> Share:

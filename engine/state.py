@@ -21,7 +21,7 @@ from .migration import FORMAT, migrated
 from .ranks import Ranks
 from .record import Record
 from .rng import SEED_VERSION, rng_state, seed_everything, set_rng_state
-from .sharded import has_shards, like_module, like_optimizer, made_whole
+from .sharded import has_shards, like_module, like_optimizer, made_whole, read_whole
 from .state_check import impossible_values
 from .trial_step import trial_step
 from .weights import unwrap, weight_differences
@@ -134,6 +134,8 @@ def fitting_state(engine: Engine, find: Callable[[], Found | None]) -> Found | N
         state, source = found
         state = _in_present_format(state, source)
         _check_shape(state, source)
+        if _is_sharded(engine):
+            state = state | {"callbacks": read_whole(state["callbacks"])}  # they may keep what they like
         _check_fit(engine, state, source, is_complete=False)
         saved = state["callbacks"]
         for name, callback in named_callbacks(engine.listeners.callbacks).items():
@@ -168,7 +170,7 @@ def _found_by_main(engine: Engine, find: Callable[[], Found | None]) -> Found | 
 
 
 def _is_sharded(engine: Engine) -> bool:
-    """Return whether ranks hold weights in parts; then each reads only its own of what was saved in parts."""
+    """Return whether ranks hold weights in parts; then what was saved in parts is read when it is needed."""
     return has_shards(parameter for _, parameter in engine.parts.named_parameters())
 
 
@@ -370,13 +372,13 @@ def _check_fit(engine: Engine, state: dict[str, Any], source: Path, *, is_comple
 
 
 def _check_position(ranks: Ranks, states: list[dict[str, Any]], source: Path) -> None:
-    """Refuse a checkpoint within a pass over data of the ranks' own, if this run has other ranks.
+    """Refuse a checkpoint within a pass over data of the ranks' own, if this run has other ranks or other data.
 
-    A file of format 6 does not say whose the data were.
+    Of a file of format 6, which does not say whose the data were, they are taken for divided ones.
     """
     passes = [one for rank in states if isinstance(one := (rank["data"] or {}).get("pass"), dict)]
     was_own, is_own = any(one.get("has_ended") is not None for one in passes), not ranks.divides
-    if passes and (was_own or is_own) and (not is_own or ranks.data_world != len(states)):
+    if passes and (was_own != is_own or (is_own and ranks.data_world != len(states))):
         raise CheckpointError(
             f"{source} lies within a pass over the data of {_in_words(len(states), was_own)}, and this run has "
             f"{_in_words(ranks.data_world, is_own)}. "

@@ -27,7 +27,6 @@ from torch.utils.data import (
 from camshaft.engine import ConfigurationError, DataError, Engine, StepEnd, repeat
 from camshaft.engine.data import check_data, num_batches
 from camshaft.engine.feed import Feed
-from camshaft.engine.ranks import Ranks
 from camshaft.engine.rng import SEED_VERSION, mix, rng_state, set_rng_state
 
 GOLDEN_MIX = [17650578182555822980, 8764810008325594656, 13683858685767402644]
@@ -420,16 +419,6 @@ def test_how_exactly_a_run_can_be_resumed_is_said_in_words(data: Any, seeded: bo
     feed = Feed(0 if seeded else None)
     feed.open(data)
     assert feed.exactness() == words or (words != "bit-identical" and feed.exactness().startswith(words))
-
-
-@pytest.mark.parametrize(
-    "data", [DataLoader(Doubled(4), num_workers=2), DataLoader(Stream()), [1, 2], DataLoader(Doubled(4), None)]
-)
-def test_of_data_that_each_rank_has_of_its_own_the_words_are_those_of_one_process(data: Any) -> None:
-    own, alone = Feed(0, ranks=Ranks()), Feed(0)
-    own.open(data)
-    alone.open(data)
-    assert own.exactness() == alone.exactness()
 
 
 def test_a_dataset_that_draws_from_elsewhere_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -342,6 +342,57 @@ def test_two_optimizers_give_the_numbers_of_one_process(world: int, every: int) 
     assert_as_alone(world, adversarial, every)
 
 
+def frozen_meanwhile(states: bool) -> dict[str, Any]:
+    """Freeze the critic for the generator's loss, while its own has been computed and is not differentiated yet."""
+    torch.manual_seed(3)
+    generator, critic = nn.Linear(5, 5).double(), nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def step(engine: Engine, batch: Any) -> None:
+        inputs = batch[0]
+        own = (critic(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        critic.requires_grad_(False)
+        fooled = critic(generator(inputs)).square().mean()
+        critic.requires_grad_(True)
+        engine.update(fooled, optimizer="g")
+        engine.update(own, len(inputs) if states else None, optimizer="d")
+
+    engine = Engine(
+        step,
+        model=generator,
+        critic=critic,
+        g=torch.optim.SGD(generator.parameters(), 0.1),
+        d=torch.optim.SGD(critic.parameters(), 0.1),
+        callbacks=[Distributed()],
+        seed=7,
+    )
+    engine.fit(data(35, batch_size=9), epochs=2)
+    return outcome(engine, nn.ModuleList([generator, critic]))
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_a_network_may_be_frozen_between_its_loss_and_its_update(states: bool) -> None:
+    assert_as_alone(2, frozen_meanwhile, states)
+
+
+def trained_twice() -> dict[str, Any]:
+    """Train by one engine, whose last batch does not divide evenly, by hand, and by another engine."""
+    net = model()
+    Trainer(net, torch.optim.SGD(net.parameters(), 0.3), nn.CrossEntropyLoss(), callbacks=[Distributed()], seed=7).fit(
+        data(21, batch_size=7), epochs=1
+    )
+    alone = copy.deepcopy(net)
+    inputs = torch.ones(2, 5, dtype=torch.float64)
+    grads = [torch.autograd.grad(one(inputs).sum(), list(one.parameters())) for one in (net, alone)]
+    net(inputs).sum().backward()
+    assert [grad.tolist() for grad in grads[0]] == [grad.tolist() for grad in grads[1]]
+    assert [p.grad is not None and p.grad.tolist() for p in net.parameters()] == [grad.tolist() for grad in grads[1]]
+    return trained(data(21, batch_size=7), net=net)
+
+
+def test_what_a_run_leaves_behind_weighs_no_later_gradients() -> None:
+    assert_as_alone(2, trained_twice)
+
+
 def masked(weighs_on_device: bool) -> dict[str, Any]:
     """Train on sequences of which only a part counts; each batch is the mean over what counts."""
     net = model()

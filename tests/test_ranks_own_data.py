@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from test_signals_everywhere import equal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from camshaft.callbacks import Distributed, RunCheckpoint
-from camshaft.engine import Callback, CheckpointDirectory, CheckpointError, Engine, Trainer, repeat
+from camshaft.callbacks import Distributed, RunCheckpoint, Schedule, warmup_cosine
+from camshaft.engine import Callback, CheckpointDirectory, CheckpointError, Engine, StepEnd, Trainer, at, repeat
 from camshaft.engine.rng import rng_state
 
 SAMPLES = [5, 11, 5]  # of the ranks: 2, 4 and 2 batches, of which the last ones are short
@@ -202,15 +203,22 @@ def test_another_number_of_ranks_goes_on_only_between_two_passes(
     assert all(rows == results[0][2] for _, _, rows in results)
 
 
-def resume_divided(directory: Path) -> None:
+def resume_other_data(directory: Path) -> None:
+    """Resume runs within a pass over data that are the ranks' own, or are not, by one of the other kind."""
     (path,) = [file.path for file in CheckpointDirectory(directory).files() if file.number == 2]
     with refused(CheckpointError, f"{path} lies within a pass", "each with its own, and this run has 2 ranks."):
         engine_of(data="divided").fit(subset(), epochs=2, resume=path)
+    engine = engine_of(RunCheckpoint(directory / "divided"), data="divided")
+    engine.subscribe(StepEnd, lambda event: event.engine.run.interrupt(signal.SIGTERM), when=at(1))
+    divided = [(torch.ones(4, 4), torch.ones(4, 1))] * 3
+    engine.fit(divided, epochs=2)
+    with refused(CheckpointError, "the data of 2 ranks, and this run has 2 ranks, each with its own. Use as many"):
+        engine_of().fit(divided, epochs=2, resume=directory / "divided")
 
 
-def test_a_pass_over_data_of_the_ranks_own_does_not_go_on_over_divided_data(tmp_path: Path) -> None:
+def test_a_pass_does_not_go_on_over_data_of_the_other_kind(tmp_path: Path) -> None:
     on_ranks(2, train, "a map-style dataset", tmp_path)
-    on_ranks(2, resume_divided, tmp_path)
+    on_ranks(2, resume_other_data, tmp_path)
 
 
 def as_format_6(directory: Path) -> None:
@@ -225,12 +233,35 @@ def as_format_6(directory: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["a loader with a state", "a map-style dataset"])
-def test_a_checkpoint_of_format_6_goes_on_and_reads_again(name: str, tmp_path: Path) -> None:
-    """After as many batches; of another rank than the first, which ones they are is not known."""
-    through = on_ranks(2, train, name, tmp_path)
+def resume_format_6(directory: Path) -> None:
+    with refused(CheckpointError, "lies within a pass over the data of 2 ranks, and this run has 2 ranks, each"):
+        engine_of().fit(subset(), epochs=2, resume=directory / "6")
+
+
+def test_a_checkpoint_of_format_6_within_a_pass_is_refused(tmp_path: Path) -> None:
+    """It has the position of the first rank alone."""
+    on_ranks(2, train, "a map-style dataset", tmp_path)
     as_format_6(tmp_path)
-    results = on_ranks(2, train, name, tmp_path, tmp_path / "6")
-    for result in results:
-        assert result["counters"] == through[0]["counters"]
-        assert result["rows"] == results[0]["rows"]
+    on_ranks(2, resume_format_6, tmp_path)
+
+
+LENGTHS = (4, 2)
+
+
+def planned(directory: Path) -> list[Any]:
+    """Train on data of differing lengths with what plans by them: a schedule, and a validation that is asked for."""
+    rank = dist.get_rank()
+    own = [(torch.full((2, 4), float(rank + number)), torch.ones(2, 1)) for number in range(LENGTHS[rank])]
+    engine = engine_of(Schedule(warmup_cosine, per="step"))
+    rates: list[float] = []
+    engine.subscribe(StepEnd, lambda event: event.engine.run.validate(), when=at(2))
+    engine.subscribe(StepEnd, lambda event: rates.append(event.engine.parts["optimizer"].param_groups[0]["lr"]))
+    engine.fit(own, own[:1], epochs=2)
+    return [rates, [row["step"] for row in engine.history.validations]]
+
+
+def test_what_is_planned_by_the_length_of_an_epoch_is_the_same_on_all_ranks(tmp_path: Path) -> None:
+    first, second = on_ranks(2, planned, tmp_path)
+    assert first == second
+    assert len(first[0]) == 8
+    assert len(set(first[0])) > 4

@@ -170,6 +170,27 @@ def test_a_second_backward_pass_through_one_call_of_the_model_is_refused() -> No
         assert said.endswith("Add the losses up and differentiate their sum, or call the model once for each.")
 
 
+def leave_out_a_layer() -> str:
+    """Return what is said of a step whose loss is not of all that was called."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+
+    def step(engine: Engine, batch: tuple[Tensor, Tensor]) -> None:
+        net(batch[0])
+        engine.update(net.get_submodule("0")(batch[0]).mean())
+
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    engine = Engine(step, model=net, optimizer=optimizer, callbacks=[Distributed()], seed=0)
+    with pytest.raises(DataError) as caught:
+        engine.fit([batch()], epochs=1)
+    return str(caught.value)
+
+
+def test_a_loss_of_a_part_of_what_was_called_is_refused() -> None:
+    """Torch would add up nothing of it, and say so at the next call of the model, if there is one."""
+    for said in on_ranks(2, leave_out_a_layer):
+        assert said.startswith("The gradients of step 1 were not added up over the ranks.")
+
+
 def differentiate_in_windows() -> list[int]:
     """Return the updates of two passes of two calls each, with and without a window over several batches."""
     net, optimizer = net_and_optimizer()
