@@ -306,8 +306,8 @@ def windows() -> list[Callback]:
     return [Accumulate(2), ClipGradients(0.5), WeightAverage(decay=0.9)]
 
 
-@pytest.mark.parametrize("callbacks", [plain, windows, with_penalty])
-@pytest.mark.parametrize("split", [matrices_and_rest, first_and_last_layer])
+@pytest.mark.parametrize("callbacks", [pytest.param(plain, marks=pytest.mark.slow), windows, with_penalty])
+@pytest.mark.parametrize("split", [pytest.param(matrices_and_rest, marks=pytest.mark.slow), first_and_last_layer])
 @pytest.mark.parametrize("updates", [[BOTH], [*BOTH]], ids=["joint", "apart"])
 def test_a_model_with_two_optimizers_trains_as_in_one_process(
     updates: list[Any], split: Split, callbacks: Callbacks

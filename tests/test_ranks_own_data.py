@@ -150,7 +150,10 @@ def resumed(name: str, directory: Path) -> dict[str, Any]:
     return {file.path.name: train(name, directory, file.path) for file in CheckpointDirectory(directory).files()}
 
 
-@pytest.mark.parametrize("name", DATA)
+SLOW = ("a map-style dataset, read by a worker", "an iterator", "a list", "a loader with a state, repeated")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in DATA])
 def test_from_any_checkpoint_a_run_goes_on_as_if_it_had_not_been_cut(name: str, tmp_path: Path) -> None:
     """Within an epoch, at its end, before and after the data of rank 0 have ended; in fresh processes."""
     through = on_ranks(2, train, name, tmp_path)
