@@ -284,6 +284,7 @@ class _Replica:
         trained = list(itertools.compress(self.parameters, learns))
         if not trained:
             return None
+        self.passes.look()  # before a pass that is none of the step's
         replica = self._kept.pop(learns, None) or self._replicate(trained)
         self.passes.watch(trained, may_leave_out=self._find_unused_parameters)
         self._kept[learns] = replica  # as the newest
@@ -342,7 +343,6 @@ class _Replica:
         kept = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        self.passes.look()
         nothing = [parameter.flatten()[:0].sum() for parameter in parameters]
         torch.autograd.backward(replica(nothing), [torch.zeros_like(value) for value in nothing])
         for parameter, grad in zip(parameters, kept, strict=True):
@@ -375,8 +375,7 @@ class _Passes:
         self._handles: list[RemovableHandle] = []
 
     def watch(self, parameters: list[nn.Parameter], *, may_leave_out: bool) -> None:
-        """See the passes that reach these parameters, each of which may leave out some, or must not."""
-        self.look()
+        """See only the passes that reach these parameters, each of which may leave out some, or must not."""
         for handle in self._handles:
             handle.remove()
         watched = list(dict.fromkeys(parameters if may_leave_out else (parameters[0], parameters[-1])))
